@@ -1,0 +1,68 @@
+# Weft. `make demo` and `make test` are the two commands a newcomer needs.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+export CGO_ENABLED ?= 0
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+PROGRAMS := weft weft-control weft-node weft-cni ztunnel
+
+.PHONY: help
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: ## a real two-node Kubernetes, Weft in it, and traffic that turns into mutual TLS
+	@cd e2e && go run ./cmd/demo
+
+.PHONY: demo-down
+demo-down: ## remove the demo's cluster and all its state
+	@cd e2e && go run ./cmd/weft-cluster --id demo down
+
+.PHONY: test
+test: ## every test: lint, unit, kernel, fuzz, cluster
+	@start=$$SECONDS; .ci/deps; \
+	$(MAKE) --no-print-directory lint unit fuzz e2e; \
+	echo "make test: everything passed in $$((SECONDS-start)) s"
+
+.PHONY: lint
+lint: ## vet and staticcheck, both modules
+	@echo "== lint"; test -z "$$(gofmt -l $$(git ls-files '*.go') | tee /dev/stderr)"
+	@go vet ./... && go tool staticcheck ./...
+	@cd e2e && go vet ./... && go tool -modfile=../go.mod staticcheck ./...
+
+.PHONY: unit
+unit: ## unit, integration and kernel tests under the race detector (root for the kernel tests)
+	@echo "== unit, integration and kernel tests"; CGO_ENABLED=1 go test -race ./...
+
+.PHONY: fuzz
+fuzz: ## each fuzz target for a few seconds
+	@echo "== fuzz"; .ci/fuzz
+
+.PHONY: e2e
+e2e: ## tests on a real two-node cluster
+	@echo "== real cluster"; cd e2e && go test -v -count=1 -timeout 45m ./...
+
+.PHONY: bench
+bench: ## Go benchmarks
+	@go test -run '^$$' -bench . -benchmem ./...
+
+.PHONY: build
+build: ## the programs, into bin/
+	@mkdir -p bin; for p in $(PROGRAMS); do go build -trimpath -ldflags '$(LDFLAGS)' -o bin/$$p ./cmd/$$p; done
+
+.PHONY: images
+images: ## the release images as archives, into out/images
+	@go run ./deploy/images -tag $(VERSION) -o out/images
+
+.PHONY: generate
+generate: ## eBPF objects and protobuf code (needs clang-14, libbpf-dev, protoc)
+	@go generate ./bpf ./api/...
+
+.PHONY: fmt
+fmt: ## format all Go files
+	@gofmt -w $$(git ls-files '*.go')
+
+.PHONY: clean
+clean: ## remove what was built
+	@rm -rf bin out
