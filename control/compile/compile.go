@@ -1,0 +1,118 @@
+// Package compile turns Kubernetes objects into the nouns of the mesh. It is
+// pure: the same objects give the same output, in the same order, and nothing
+// is read or written besides its arguments.
+//
+// What cannot be understood never widens access: an authorization policy that
+// is invalid denies, a PeerAuthentication that is invalid is STRICT, and each
+// gets a Status that says why.
+package compile
+
+import (
+	"net/netip"
+	"slices"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/labels"
+
+	"github.com/weft-mesh/weft/mesh"
+)
+
+// Settings are the facts about the mesh that no Kubernetes object holds. An
+// empty field means its default.
+type Settings struct {
+	Cluster       string // id of this cluster, the first part of every UID; default Kubernetes
+	TrustDomain   string // SPIFFE trust domain of every pod; default cluster.local
+	Domain        string // DNS domain of the cluster's services; default cluster.local
+	Network       string // network of pods without the label topology.istio.io/network; default ""
+	RootNamespace string // policies here apply to the whole mesh; default weft-system
+}
+
+// withDefaults returns s with every empty field that has a default filled in.
+func (s Settings) withDefaults() Settings {
+	fill := func(f *string, def string) {
+		if *f == "" {
+			*f = def
+		}
+	}
+	fill(&s.Cluster, "Kubernetes")
+	fill(&s.TrustDomain, "cluster.local")
+	fill(&s.Domain, "cluster.local")
+	fill(&s.RootNamespace, "weft-system")
+	return s
+}
+
+// Inputs are the objects that Compile reads. Their order does not matter, and
+// none of them is changed or kept beyond the World.
+type Inputs struct {
+	Pods     []*corev1.Pod // only their addresses, to tell an endpoint that is a pod from one that is not
+	Nodes    []*corev1.Node
+	Services []*corev1.Service
+	// Slices are the EndpointSlices that Kubernetes does not derive from a
+	// service's selector. Those it does derive are passed over: the selector
+	// and the pod say the same, one hop earlier.
+	Slices                []*discoveryv1.EndpointSlice
+	AuthorizationPolicies []AuthorizationPolicy
+	PeerAuthentications   []PeerAuthentication
+}
+
+// A World is everything that is compiled as a whole, and the index by which
+// one pod is compiled. It is immutable.
+type World struct {
+	Services []mesh.Service // sorted by name
+	Policies []mesh.Policy  // sorted by name
+	// Endpoints are the workloads that no pod stands behind: addresses that
+	// only an EndpointSlice names. Sorted by UID.
+	Endpoints []mesh.Workload
+	Statuses  []Status // sorted by kind, then name
+
+	settings  Settings
+	selecting map[string][]selectingService // services with a selector, by namespace
+	fromAddr  map[netip.Addr][]mesh.Membership
+	fromPod   map[mesh.Name][]mesh.Membership
+	claimed   map[netip.Addr]bool
+	selectors map[string][]policySelector // policies with a selector, by namespace of the pods they may select; "" is all
+	peers     peerAuths
+}
+
+// A policySelector selects the pods that list a policy.
+type policySelector struct {
+	labels labels.Selector
+	name   mesh.Name
+}
+
+// Compile compiles the cold half of the cluster: services, endpoints and
+// policies. Pods are compiled one by one with World.Workload.
+func Compile(s Settings, in Inputs) *World {
+	w := &World{settings: s.withDefaults(), selectors: map[string][]policySelector{}}
+	w.compileServices(in.Services)
+	w.compileSlices(in)
+	w.compileAuthorizationPolicies(in.AuthorizationPolicies)
+	w.compilePeerAuthentications(in.PeerAuthentications)
+	slices.SortFunc(w.Policies, func(a, b mesh.Policy) int { return a.Name.Compare(b.Name) })
+	slices.SortFunc(w.Statuses, compareStatus)
+	return w
+}
+
+// Claims reports whether an EndpointSlice names the address a. When a pod
+// with such an address comes or goes, the World has to be compiled anew: the
+// address turns from an endpoint of its own into one of the pod's, or back.
+func (w *World) Claims(a netip.Addr) bool { return w.claimed[a] }
+
+// policiesFor returns the policies that select a pod with the given labels,
+// sorted by name.
+func (w *World) policiesFor(namespace string, set labels.Set) []mesh.Name {
+	var names []mesh.Name
+	for _, ns := range []string{"", namespace} {
+		for _, p := range w.selectors[ns] {
+			if p.labels.Matches(set) {
+				names = append(names, p.name)
+			}
+		}
+	}
+	if name, ok := w.peers.policyFor(namespace, set); ok {
+		names = append(names, name)
+	}
+	slices.SortFunc(names, mesh.Name.Compare)
+	return slices.Compact(names)
+}

@@ -1,0 +1,131 @@
+package compile
+
+import (
+	"encoding/json"
+	"fmt"
+	"regexp"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+	securityv1 "istio.io/api/security/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+
+	"github.com/weft-mesh/weft/mesh"
+)
+
+// Policy objects are read from what the API server sent, field by field, and
+// not through generated types: those skip a field that they do not know, and
+// a condition that is skipped is access that is widened. And they refuse a
+// whole list for one bad object in it.
+
+// A Meta is the part of an object that every kind has.
+type Meta struct {
+	Name        mesh.Name
+	Generation  int64
+	Created     time.Time
+	Annotations map[string]string
+	// Selector is spec.selector.matchLabels; empty selects everything in
+	// scope. It is filled as far as it can be read even when Err is set.
+	Selector map[string]string
+	// Err says why the spec could not be read. The object then has the
+	// safest meaning it could have had.
+	Err error
+}
+
+// An AuthorizationPolicy is the Kubernetes object of that name, read.
+type AuthorizationPolicy struct {
+	Meta
+	// Targeted is set when the policy names targets instead of selecting
+	// pods: it is meant for waypoints and gateways.
+	Targeted bool
+	Spec     *securityv1.AuthorizationPolicy // nil when Err is set
+}
+
+// A PeerAuthentication is the Kubernetes object of that name, read.
+type PeerAuthentication struct {
+	Meta
+	Spec *securityv1.PeerAuthentication // nil when Err is set
+}
+
+// ReadAuthorizationPolicy reads an object of kind AuthorizationPolicy of the
+// group security.istio.io, in any version: they all have one shape.
+func ReadAuthorizationPolicy(u *unstructured.Unstructured) AuthorizationPolicy {
+	spec := &securityv1.AuthorizationPolicy{}
+	out := AuthorizationPolicy{Meta: readMeta(u)}
+	out.Targeted = hasField(u, "targetRef") || hasField(u, "targetRefs")
+	if err := readSpec(u, spec); out.Err == nil {
+		out.Err = err
+	}
+	if out.Err == nil {
+		out.Spec = spec
+	}
+	return out
+}
+
+// ReadPeerAuthentication reads an object of kind PeerAuthentication of the
+// group security.istio.io, in any version.
+func ReadPeerAuthentication(u *unstructured.Unstructured) PeerAuthentication {
+	spec := &securityv1.PeerAuthentication{}
+	out := PeerAuthentication{Meta: readMeta(u)}
+	if err := readSpec(u, spec); out.Err == nil {
+		out.Err = err
+	}
+	if out.Err == nil {
+		out.Spec = spec
+	}
+	return out
+}
+
+func readMeta(u *unstructured.Unstructured) Meta {
+	m := Meta{
+		Name:        mesh.Name{Namespace: u.GetNamespace(), Name: u.GetName()},
+		Generation:  u.GetGeneration(),
+		Created:     u.GetCreationTimestamp().Time,
+		Annotations: u.GetAnnotations(),
+	}
+	var err error
+	m.Selector, _, err = unstructured.NestedStringMap(u.Object, "spec", "selector", "matchLabels")
+	if err != nil {
+		m.Err = fmt.Errorf("spec.selector: %v", err)
+	}
+	return m
+}
+
+// hasField reports whether the spec has the named field, with any value that
+// is not empty.
+func hasField(u *unstructured.Unstructured, field string) bool {
+	v, ok, _ := unstructured.NestedFieldNoCopy(u.Object, "spec", field)
+	if list, isList := v.([]any); isList {
+		return len(list) > 0
+	}
+	return ok && v != nil
+}
+
+// readSpec reads the object's spec into m. A field or enum value that m does
+// not know is an error.
+func readSpec(u *unstructured.Unstructured, m proto.Message) error {
+	spec, ok := u.Object["spec"]
+	if !ok || spec == nil {
+		return nil // no spec is an empty spec
+	}
+	b, err := json.Marshal(spec)
+	if err != nil {
+		return fmt.Errorf("spec: %v", err)
+	}
+	if err := protojson.Unmarshal(b, m); err != nil {
+		return fmt.Errorf("spec: %s", plain(err))
+	}
+	return nil
+}
+
+// linePos is where protojson stopped, in a text that the user never saw.
+var linePos = regexp.MustCompile(`\(line \d+:\d+\):? ?`)
+
+// plain returns what protobuf complains about. The library varies the space
+// after its prefix from build to build, so that nobody depends on the text.
+func plain(err error) string {
+	s := strings.TrimPrefix(strings.ReplaceAll(err.Error(), "\u00a0", " "), "proto:")
+	return strings.TrimSpace(linePos.ReplaceAllString(s, ""))
+}
