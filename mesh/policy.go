@@ -71,7 +71,8 @@ type Match struct {
 // MatchKind says how a StringMatch compares.
 type MatchKind uint8
 
-// The kinds. The zero kind matches nothing.
+// The kinds. A match of the zero kind, or of one that is not listed here, is
+// unknown, as if Match.Unknown were set.
 const (
 	MatchUnset    MatchKind = iota
 	MatchExact              // equal

@@ -1,0 +1,123 @@
+// Package balance chooses the endpoint that answers for a service. The choice
+// is a pure function of its arguments, chance included.
+package balance
+
+import (
+	"net/netip"
+
+	"github.com/weft-mesh/weft/mesh"
+)
+
+// A Candidate is an endpoint that could take the connection.
+type Candidate struct {
+	Workload *mesh.Workload
+	Port     uint16 // on the workload, for the service port that was asked for
+}
+
+// Choose picks the candidate that takes a connection of the workload from to
+// service s, and false if none may. All that are equally near are equally
+// likely; rnd, any random number, picks among them.
+//
+// Candidates without a workload or a port never count, and unhealthy ones only
+// if s allows them. For a service in passthrough mode nothing is chosen: the
+// caller dials the address that was asked for. A mode that is not known
+// chooses nothing.
+func Choose(s *mesh.Service, from mesh.Workload, cs []Candidate, rnd uint64) (Candidate, bool) {
+	if s == nil {
+		return Candidate{}, false
+	}
+	best, ok := lowest(s)
+	if !ok {
+		return Candidate{}, false
+	}
+	n := uint64(0)
+	for _, c := range cs {
+		switch r := rank(s, &from, c); {
+		case r > best:
+			best, n = r, 1
+		case r == best:
+			n++
+		}
+	}
+	if n == 0 {
+		return Candidate{}, false
+	}
+	skip := rnd % n
+	for _, c := range cs {
+		if rank(s, &from, c) != best {
+			continue
+		}
+		if skip == 0 {
+			return c, true
+		}
+		skip--
+	}
+	panic("balance: counted more candidates than there are")
+}
+
+// lowest returns the lowest rank that may be chosen, and false if none may.
+func lowest(s *mesh.Service) (int, bool) {
+	switch s.Mode {
+	case mesh.BalanceAny, mesh.BalanceFailover:
+		return 0, true
+	case mesh.BalanceStrict:
+		return len(s.Preferences), true
+	}
+	return 0, false
+}
+
+// rank returns how many of the preferences of s the candidate meets, counted
+// up to the first that it does not, or -1 if it may not be chosen at all.
+func rank(s *mesh.Service, from *mesh.Workload, c Candidate) int {
+	if c.Workload == nil || c.Port == 0 || !c.Workload.Healthy && !s.AllowUnhealthy {
+		return -1
+	}
+	if s.Mode == mesh.BalanceAny {
+		return 0
+	}
+	for i, p := range s.Preferences {
+		if !near(p, from, c.Workload) {
+			return i
+		}
+	}
+	return len(s.Preferences)
+}
+
+// near reports whether two workloads share what p is about. Places that are
+// not known are not shared; the empty network and cluster are real ones.
+func near(p mesh.Preference, a, b *mesh.Workload) bool {
+	known := func(x, y string) bool { return x != "" && x == y }
+	switch p {
+	case mesh.PreferNetwork:
+		return a.Network == b.Network
+	case mesh.PreferCluster:
+		return a.Cluster == b.Cluster
+	case mesh.PreferRegion:
+		return known(a.Locality.Region, b.Locality.Region)
+	case mesh.PreferZone:
+		return known(a.Locality.Zone, b.Locality.Zone)
+	case mesh.PreferSubzone:
+		return known(a.Locality.Subzone, b.Locality.Subzone)
+	case mesh.PreferNode:
+		return known(a.Node, b.Node)
+	}
+	return false // a preference of a later version
+}
+
+// Address returns the address at which to reach w: the first of the family of
+// like, the address that the client asked for, else the first at all; and
+// false if w has none.
+func Address(w *mesh.Workload, like netip.Addr) (netip.Addr, bool) {
+	var first netip.Addr
+	for _, a := range w.Addresses {
+		switch {
+		case !a.IsValid():
+			continue
+		case a.Unmap().Is4() == like.Unmap().Is4():
+			return a.Unmap(), true
+		case !first.IsValid():
+			first = a.Unmap()
+		}
+	}
+	return first, first.IsValid()
+}
