@@ -1,0 +1,212 @@
+// Package relay copies bytes between two connections, both ways, and keeps
+// what TCP says besides: the end of one direction, and an abort.
+package relay
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"syscall"
+)
+
+const (
+	// bufLen is how much is copied at once between connections that the kernel
+	// cannot join.
+	bufLen = 64 << 10
+	// spliceLen is how much the kernel moves between two TCP connections
+	// before it is counted.
+	spliceLen = 1 << 20
+)
+
+// Stats counts what Copy moves, while it does. Bytes that the kernel moves
+// between two TCP connections are counted by the MiB, and at the end.
+type Stats struct {
+	Sent     atomic.Int64 // from a to b
+	Received atomic.Int64 // from b to a
+}
+
+// halfCloser is a connection that can end one direction.
+type halfCloser interface{ CloseWrite() error }
+
+// resetter is a connection that can end so that the peer sees an error.
+type resetter interface{ Reset() }
+
+// buffers caches memory between calls. It holds nothing anyone depends on.
+var buffers = sync.Pool{New: func() any { return new([bufLen]byte) }}
+
+// Copy moves bytes from a to b and from b to a until both directions have
+// ended. The end of one is passed on with CloseWrite, and the other goes on.
+// If a direction fails, or ctx ends, both connections are aborted, with an RST
+// where they can, so that neither application takes a part for the whole.
+//
+// Copy owns both connections and closes them. stats may be nil. The error is
+// nil if both directions ended in order, the cause of ctx if it ended, and
+// else that of the first direction that failed.
+func Copy(ctx context.Context, a, b net.Conn, stats *Stats) error {
+	if stats == nil {
+		stats = &Stats{}
+	}
+	var once sync.Once
+	var first error
+	abort := func(err error) {
+		once.Do(func() {
+			first = err
+			abortConn(a)
+			abortConn(b)
+		})
+	}
+	var watch sync.WaitGroup
+	watch.Add(1)
+	stop := context.AfterFunc(ctx, func() {
+		defer watch.Done()
+		abort(context.Cause(ctx))
+	})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := direction(b, a, &stats.Sent); err != nil {
+			abort(err)
+		}
+	})
+	if err := direction(a, b, &stats.Received); err != nil {
+		abort(err)
+	}
+	wg.Wait()
+	if stop() {
+		watch.Done()
+	}
+	watch.Wait()
+	// Both ends are ended or aborted: closing frees them, and has nothing new
+	// to say.
+	_ = a.Close()
+	_ = b.Close()
+	return first
+}
+
+// direction moves bytes until src ends, and passes the end on.
+func direction(dst, src net.Conn, n *atomic.Int64) error {
+	if err := move(dst, src, n); err != nil {
+		return err
+	}
+	hc, ok := dst.(halfCloser)
+	if !ok {
+		return nil
+	}
+	if err := hc.CloseWrite(); err != nil && !errors.Is(err, syscall.ENOTCONN) {
+		return err
+	}
+	return nil
+}
+
+// move copies all of src to dst in the cheapest way they allow.
+func move(dst, src net.Conn, n *atomic.Int64) error {
+	st, srcTCP := src.(*net.TCPConn)
+	if dt, ok := dst.(*net.TCPConn); ok && srcTCP {
+		return splice(dt, st, n)
+	}
+	if wt, ok := src.(io.WriterTo); ok && !srcTCP {
+		_, err := wt.WriteTo(counter{dst, n})
+		return err
+	}
+	if srcTCP {
+		return copyTCP(counter{dst, n}, st)
+	}
+	buf := buffers.Get().(*[bufLen]byte)
+	defer buffers.Put(buf)
+	for {
+		k, err := src.Read(buf[:])
+		if k > 0 {
+			if _, werr := (counter{dst, n}).Write(buf[:k]); werr != nil {
+				return werr
+			}
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// splice lets the kernel move the bytes.
+func splice(dst, src *net.TCPConn, n *atomic.Int64) error {
+	for {
+		k, err := dst.ReadFrom(&io.LimitedReader{R: src, N: spliceLen})
+		n.Add(k)
+		if err != nil {
+			return err
+		}
+		if k < spliceLen {
+			return nil
+		}
+	}
+}
+
+// copyTCP copies from a socket, and holds a buffer only while there is
+// something to read: most connections are idle most of the time.
+func copyTCP(dst io.Writer, src *net.TCPConn) error {
+	rc, err := src.SyscallConn()
+	if err != nil {
+		return err
+	}
+	for {
+		var buf *[bufLen]byte
+		var k int
+		var rerr error
+		err := rc.Read(func(fd uintptr) bool {
+			buf = buffers.Get().(*[bufLen]byte)
+			for {
+				k, rerr = syscall.Read(int(fd), buf[:])
+				if rerr != syscall.EINTR {
+					break
+				}
+			}
+			if rerr == syscall.EAGAIN {
+				buffers.Put(buf)
+				buf = nil
+				return false
+			}
+			return true
+		})
+		if err == nil && rerr != nil {
+			err = &net.OpError{Op: "read", Net: "tcp", Source: src.LocalAddr(), Addr: src.RemoteAddr(), Err: rerr}
+		}
+		if err == nil && k > 0 {
+			_, err = dst.Write(buf[:k])
+		}
+		if buf != nil {
+			buffers.Put(buf)
+		}
+		if err != nil || k == 0 {
+			return err
+		}
+	}
+}
+
+// counter counts what is written.
+type counter struct {
+	w io.Writer
+	n *atomic.Int64
+}
+
+func (c counter) Write(p []byte) (int, error) {
+	n, err := c.w.Write(p)
+	c.n.Add(int64(n))
+	return n, err
+}
+
+// abortConn ends c so that its peer sees an error, if c knows how.
+func abortConn(c net.Conn) {
+	switch c := c.(type) {
+	case resetter:
+		c.Reset()
+		return
+	case *net.TCPConn:
+		// With nothing to linger for, close sends an RST (tcp(7), SO_LINGER).
+		_ = c.SetLinger(0) // if it fails the socket is gone already
+	}
+	_ = c.Close() // as above
+}
