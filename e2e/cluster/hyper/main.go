@@ -1,8 +1,8 @@
-// Hyper is every server of a Kubernetes cluster in one binary: etcd,
+// Hyper is every program of a Kubernetes cluster in one binary: etcd,
 // kube-apiserver, kube-controller-manager, kube-scheduler, kubelet and
-// kube-proxy. The first argument, or the name it is called by, chooses one.
+// kube-proxy; and their client, kubectl. The first argument, or the name it is called by, chooses one.
 //
-// One binary is smaller and quicker to build than six: they share nearly all
+// One binary is smaller and quicker to build than seven: they share nearly all
 // of their packages.
 package main
 
@@ -17,6 +17,7 @@ import (
 	"k8s.io/component-base/cli"
 	_ "k8s.io/component-base/metrics/prometheus/clientgo"
 	_ "k8s.io/component-base/metrics/prometheus/version"
+	kubectl "k8s.io/kubectl/pkg/cmd"
 	apiserver "k8s.io/kubernetes/cmd/kube-apiserver/app"
 	controllers "k8s.io/kubernetes/cmd/kube-controller-manager/app"
 	proxy "k8s.io/kubernetes/cmd/kube-proxy/app"
@@ -45,8 +46,10 @@ func main() {
 		cmd = kubelet.NewKubeletCommand(context.Background())
 	case "kube-proxy":
 		cmd = proxy.NewProxyCommand()
+	case "kubectl":
+		cmd = kubectl.NewDefaultKubectlCommand()
 	default:
-		fmt.Fprintf(os.Stderr, "hyper: no component %q: want etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kubelet or kube-proxy\n", name)
+		fmt.Fprintf(os.Stderr, "hyper: no component %q: want etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kubelet, kube-proxy or kubectl\n", name)
 		os.Exit(2)
 	}
 	os.Exit(cli.Run(cmd))
