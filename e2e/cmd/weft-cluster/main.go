@@ -41,6 +41,8 @@ from source the first time, which takes about ten minutes. It leaves the
 machine's network, cgroups and settings as they are.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
+		// Flags before the verb are ours, also where those after it are not.
+		TraverseChildren: true,
 	}
 	cmd.PersistentFlags().StringVar(&o.ID, "id", cluster.DefaultID, "name of the cluster; several can run at once")
 	cmd.PersistentFlags().StringVar(&o.State, "state", "", "directory that holds all of the cluster (default out/cluster/ID)")
@@ -147,7 +149,7 @@ forwarded to a port of 127.0.0.1, so any client on this machine can use it:
 }
 
 func execNode(o *cluster.Options) *cobra.Command {
-	return &cobra.Command{
+	cmd := &cobra.Command{
 		Use: "exec-node NODE -- COMMAND ARG...", Args: cobra.MinimumNArgs(1),
 		Short: "run a command inside a node (1 or node1); a shell if none is given",
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -159,12 +161,17 @@ func execNode(o *cluster.Options) *cobra.Command {
 			if len(node) == 1 {
 				node = "node" + node
 			}
+			if len(argv) > 0 && argv[0] == "--" {
+				argv = argv[1:]
+			}
 			if len(argv) == 0 {
 				argv = []string{"bash"}
 			}
 			return become(c.NodeCommand(cmd.Context(), node, argv...))
 		},
 	}
+	cmd.Flags().SetInterspersed(false) // flags after NODE are the command's
+	return cmd
 }
 
 func logs(o *cluster.Options) *cobra.Command {
