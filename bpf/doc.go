@@ -1,0 +1,107 @@
+// Package bpf holds the programs that capture a pod's traffic, the Go bindings
+// generated from them, and nothing that loads or attaches them: that is
+// node/capture. This text is the contract between the two, and with the proxy.
+//
+// # How a pod is captured
+//
+// The proxy has listening sockets in the pod's own network namespace: out4 and
+// out6 on port 15001, in4 and in6 on 15006 for plain inbound, hb4 and hb6 on
+// 15008 for tunnels. All are transparent (IP_TRANSPARENT), so a connection
+// accepted on one has the address it was meant for as its local address. No
+// packet is rewritten and no connection is tracked.
+//
+//	app ── rule: all TCP generated here ──► lo ── mesh_lookup ──► out4, out6
+//	wire ── inbound_strict ──► in4, in6, hb4, hb6 ── proxy ── lo ──► app
+//	proxy (mark 0x539, blessed) ── guard_pod_egress ── guard_host_ingress ──► wire
+//	host's own socket ── host_probe ── inbound_strict (mark 0x539) ──► app
+//
+// Routing in the pod's namespace, per family, for packets generated there
+// ("iif lo"); table 1500 is "local default dev lo":
+//
+//	 99  mark 0x53a/0xfff, TCP   table 1500     what must stay, captured or not
+//	100  mark 0x539/0xfff        table main     the proxy, kept connections, probes
+//	101  mark 0x539/0xfff        unreachable    so that the proxy never meets itself
+//	102  TCP                     table 1500     the capture
+//
+// The app's answers to connections that the proxy made in a client's name go
+// the same way, over lo to the proxy, and never leave the pod even if every
+// program were gone. UDP, ICMP and SCTP are not touched.
+//
+// # Programs
+//
+// Per pod, in capture.c, always attached to a captured pod:
+//
+//	mesh_lookup         sk_lookup of the pod's namespace
+//	inbound_strict      tcx ingress of the pod's eth0
+//	guard_pod_egress    tcx egress of the pod's eth0
+//	host_probe          tcx egress of the host's end of the veth
+//	guard_host_ingress  tcx ingress of the host's end of the veth
+//
+// In enrol.c, for the moment in which capture is put on a running pod or taken
+// off: the socket iterators keep, drain and destroy, and inbound_lenient,
+// hold_lo and hold_wire. node/capture has the order.
+//
+// The constants pod_ip4, pod_ip6, pod_nsid and pod_veth are set before loading.
+// All addresses of the pod's interfaces are in the first two; TCP to an address
+// that is not is dropped on arrival. One address of each family is the source
+// of captured connections.
+//
+// The guards return TC_ACT_UNSPEC for what they let pass, so the programs of a
+// CNI plug-in behind them still run.
+//
+// # Maps
+//
+//	listeners  SOCKMAP        role -> socket; a missing one drops: fail closed
+//	blessed    SK_STORAGE     u32, on sockets of the proxy; inherited by accept
+//	kept       SK_STORAGE     struct exemption, on sockets of the app
+//	probes     LRU_HASH       struct probe -> u32; one for all pods of a node
+//	stats      PERCPU_ARRAY   enum counter -> u64
+//
+// All are pinned: pods/UID/{listeners,blessed,kept,stats} and probes below the
+// root of this version of the contract. A change of a key or value needs a new
+// root.
+//
+// The proxy blesses each socket that it makes for the wire, after socket(2) and
+// before connect(2), by writing 1 under the socket's descriptor; only the
+// descriptor of the map allows that, and no pod has it. It sets mark 0x539 on
+// the same sockets, and mark 0x53a on those that it connects to the app.
+//
+// # Why it cannot be walked around
+//
+// A mark proves nothing: CAP_NET_RAW suffices to set one. The guards therefore
+// ask the sending socket for its blessing, and let a packet without SYN and
+// without data pass from anybody. The guard in the pod can be seen by the pod;
+// the one at the host's end cannot be reached from it, and finds the socket by
+// the packet's addresses in the pod's namespace, so raw packets have none. A
+// first fragment counts as data. TCP behind IPv6 extension headers is found;
+// more than eight of them, or a VLAN tag, do not pass.
+//
+// Exempt from the guards are connections, never sockets: a kept socket that is
+// disconnected and connected elsewhere (connect(2) with AF_UNSPEC) sends from
+// another flow than its exemption says, and a SYN only if it was connecting
+// when capture began.
+//
+// An entry of probes cannot be forged by a pod. It is written only by
+// host_probe, at the host's end of the pod's wire, on a SYN on its way into the
+// pod, if the host's namespace has a socket in state SYN_SENT with exactly the
+// addresses and ports of that SYN. A pod that sends such a SYN to another, with
+// the node's address as its source, owns no such socket; nor does a SYN that
+// the node forwards or masquerades. The key holds both addresses, both ports
+// and the veth, so an entry serves one flow of one pod, and never a SYN from
+// the pod. A stale entry is removed by the next SYN with the same tuple; until
+// then it lets the pod send data, not connections, to a port of the node that
+// nobody listens on. When the entry is evicted, a connection in use goes on by
+// its socket's exemption.
+//
+// Inbound, a packet that is no SYN reaches only sockets that are blessed or
+// kept, for that flow. One that finds no socket, or a handshake that is not the
+// proxy's, is given to the proxy's listener: with SYN cookies it is the ACK that
+// makes the connection, else the listener resets it. SYNs in fragments are
+// dropped, because reassembly loses the assigned socket.
+//
+// What the proxy must do itself: an app that connects to its own pod's address,
+// on 15001, 15006 or 15008, is not seen by any program, for what is local to
+// the pod stays on lo. So the proxy refuses an outbound connection whose local
+// address is the pod's or equals its remote address, and an inbound one to its
+// own ports.
+package bpf
