@@ -1,0 +1,155 @@
+package capture
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/weft-mesh/weft/bpf"
+)
+
+// Existing says what becomes of the connections that a pod has when it is
+// captured.
+type Existing int
+
+const (
+	Keep  Existing = iota // they live on, outside the mesh
+	Reset                 // they are reset, and the app connects anew through the mesh
+)
+
+// Mode says how to attach.
+type Mode struct {
+	// New: no process of the pod has run yet, so there is nothing to be
+	// careful with, and the guards come first.
+	New bool
+	// Existing is for a pod that runs.
+	Existing Existing
+}
+
+// Captured reports whether the pod is captured, by this Pod or before it: all
+// programs are attached where they should be. It is never true of a capture
+// that was cut short.
+func (p *Pod) Captured() (bool, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ns == nil {
+		return false, errClosed
+	}
+	return p.captured()
+}
+
+// Attach captures the pod. It may be called again: it finishes a capture that
+// was cut short, and brings a captured pod's programs and rules up to date
+// without a gap. After an error the pod counts as not captured; what holds of
+// the capture by then keeps more out, not less. Call Attach again, or Detach.
+func (p *Pod) Attach(ctx context.Context, m Mode) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ns == nil {
+		return errClosed
+	}
+	if err := p.attachAs(ctx, m); err != nil {
+		return fmt.Errorf("capture pod %s: %w", p.uid, err)
+	}
+	return nil
+}
+
+func (p *Pod) attachAs(ctx context.Context, m Mode) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	captured, err := p.captured()
+	if err != nil {
+		return err
+	}
+	if captured || m.New {
+		return p.attachClosed()
+	}
+	if err := p.unmarkCaptured(); err != nil {
+		return err
+	}
+	return p.attachRunning(ctx, m.Existing)
+}
+
+// attachClosed captures a pod whose connections, if it has any, are captured
+// already: what keeps things out comes first.
+func (p *Pod) attachClosed() error {
+	for _, pin := range []string{pinGuardHost, pinGuardPod, pinInbound, pinHostProbe, pinSkLookup} {
+		h := p.hook(pin)
+		if err := p.put(h, p.programs[h.program]); err != nil {
+			return err
+		}
+	}
+	if err := p.c.acceptMark(p.ns); err != nil {
+		return err
+	}
+	if err := p.place.addRoutes(p.ns); err != nil {
+		return err
+	}
+	return p.markCaptured()
+}
+
+// attachRunning captures a pod that has connections. The order loses no packet
+// that TCP would not send again, and resets nothing:
+//
+//	what changes nothing by itself    sk_lookup, host_probe, tcp_fwmark_accept
+//	hold_lo                           a stray packet is lost, not reset
+//	pass 1                            keep what is connected or connecting
+//	inbound_lenient                   new connections in are captured
+//	rules                             new connections out are captured
+//	pass 2, repeated                  keep what came to be since pass 1
+//	inbound_strict, guards            nothing else passes
+//	pass 3                            keep what came to be since pass 2
+func (p *Pod) attachRunning(ctx context.Context, existing Existing) error {
+	enrol, err := p.loadEnrol()
+	if err != nil {
+		return err
+	}
+	defer enrol.close()
+	if err := p.c.acceptMark(p.ns); err != nil {
+		return err
+	}
+	for _, pin := range []string{pinSkLookup, pinHostProbe} {
+		h := p.hook(pin)
+		if err := p.put(h, p.programs[h.program]); err != nil {
+			return err
+		}
+	}
+	release, err := enrol.holdLo()
+	if err != nil {
+		return err
+	}
+	defer release()
+	if existing == Keep {
+		if err := enrol.keepConnecting(true); err != nil {
+			return err
+		}
+		if _, err := enrol.walk(bpf.EnrolProgKeep); err != nil {
+			return err
+		}
+	}
+	if err := p.put(p.hook(pinInbound), enrol.program(bpf.EnrolProgInboundLenient)); err != nil {
+		return err
+	}
+	if err := p.place.addRoutes(p.ns); err != nil {
+		return err
+	}
+	if existing == Keep {
+		if err := enrol.keepPending(ctx); err != nil {
+			return err
+		}
+	}
+	for _, pin := range []string{pinInbound, pinGuardPod, pinGuardHost} {
+		h := p.hook(pin)
+		if err := p.put(h, p.programs[h.program]); err != nil {
+			return err
+		}
+	}
+	last := bpf.EnrolProgKeep
+	if existing == Reset {
+		last = bpf.EnrolProgDestroy
+	}
+	if _, err := enrol.walk(last); err != nil {
+		return err
+	}
+	return p.markCaptured()
+}

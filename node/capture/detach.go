@@ -1,0 +1,132 @@
+package capture
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/weft-mesh/weft/bpf"
+)
+
+// Detach takes the pod out of the mesh and removes its pins. New connections go
+// direct; captured ones stay with the proxy, which must serve them to their
+// end; kept ones go on. One routing rule stays for the captured ones, see
+// Drained. The pod's listeners are closed here; the proxy has its own
+// descriptors and closes them when it has accepted what was waiting.
+//
+// After an error the pod may be captured in part. Call Detach again.
+func (p *Pod) Detach(ctx context.Context) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ns == nil {
+		return errClosed
+	}
+	if err := p.detach(ctx); err != nil {
+		return fmt.Errorf("take pod %s out of the mesh: %w", p.uid, err)
+	}
+	return nil
+}
+
+// detach is attachRunning backwards: hold_wire loses the packets of captured
+// connections that miss the rule before drain has marked their sockets.
+func (p *Pod) detach(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	enrol, err := p.loadEnrol()
+	if err != nil {
+		return err
+	}
+	defer enrol.close()
+	if err := p.unmarkCaptured(); err != nil {
+		return err
+	}
+	for pin, program := range map[string]string{pinGuardPod: bpf.EnrolProgHoldWire, pinInbound: bpf.EnrolProgInboundLenient} {
+		h := p.hook(pin)
+		if l, err := p.pinned(h); err != nil || l == nil {
+			if err != nil {
+				return err
+			}
+			continue
+		}
+		if err := p.put(h, enrol.program(program)); err != nil {
+			return err
+		}
+	}
+	if err := p.drop(pinGuardHost); err != nil {
+		return err
+	}
+	if _, err := enrol.walk(bpf.EnrolProgDrain); err != nil {
+		return err
+	}
+	if err := p.place.removeRules(p.ns); err != nil {
+		return err
+	}
+	if _, err := enrol.walk(bpf.EnrolProgDrain); err != nil {
+		return err
+	}
+	for _, pin := range []string{pinInbound, pinGuardPod, pinHostProbe, pinSkLookup} {
+		if err := p.drop(pin); err != nil {
+			return err
+		}
+	}
+	if err := os.RemoveAll(p.dir); err != nil {
+		return fmt.Errorf("remove pins: %w", err)
+	}
+	return p.listeners.Close()
+}
+
+// drainPause is how often Drained looks.
+const drainPause = time.Second
+
+// Drained waits, after Detach, until the last connection that was captured has
+// ended, and then removes the rule and the route that held them. If nobody
+// waits, they stay; they do no harm, and a later capture uses them again.
+func (p *Pod) Drained(ctx context.Context) error {
+	pause := time.NewTicker(drainPause)
+	defer pause.Stop()
+	for {
+		left, err := p.draining()
+		if err != nil {
+			return fmt.Errorf("wait for the captured connections of pod %s: %w", p.uid, err)
+		}
+		if left == 0 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-pause.C:
+		}
+	}
+}
+
+// draining returns how many sockets still need the rule, and removes it if
+// none does.
+func (p *Pod) draining() (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ns == nil {
+		return 0, errClosed
+	}
+	if _, err := os.Stat(p.dir); !errors.Is(err, os.ErrNotExist) {
+		return 0, errors.New("the pod is captured again, or not detached")
+	}
+	enrol, err := p.loadEnrol()
+	if err != nil {
+		return 0, err
+	}
+	defer enrol.close()
+	r, err := enrol.walk(bpf.EnrolProgDrain)
+	if err != nil || r.done > 0 {
+		return r.done, err
+	}
+	return 0, p.place.removeLocal(p.ns)
+}
+
+// Forget removes the pins of a pod that is gone and closes it.
+func (p *Pod) Forget() error {
+	return errors.Join(p.c.Forget(p.uid), p.Close())
+}

@@ -1,0 +1,184 @@
+package capture
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/weft-mesh/weft/bpf"
+	"github.com/weft-mesh/weft/internal/netns"
+)
+
+// A hook is a place where a program of the pod is attached by a pinned link.
+type hook struct {
+	pin     string
+	program string          // of the capture programs
+	index   int             // interface; 0 for the hook of the namespace itself
+	host    bool            // in the host's namespace
+	kind    ebpf.AttachType // of an interface's hook
+}
+
+func (p *Pod) hooks() []hook {
+	return []hook{
+		{pin: pinSkLookup, program: bpf.CaptureProgMeshLookup},
+		{pin: pinHostProbe, program: bpf.CaptureProgHostProbe, index: p.place.veth, host: true, kind: ebpf.AttachTCXEgress},
+		{pin: pinInbound, program: bpf.CaptureProgInboundStrict, index: p.place.eth0, kind: ebpf.AttachTCXIngress},
+		{pin: pinGuardPod, program: bpf.CaptureProgGuardPodEgress, index: p.place.eth0, kind: ebpf.AttachTCXEgress},
+		{pin: pinGuardHost, program: bpf.CaptureProgGuardHostIngress, index: p.place.veth, host: true, kind: ebpf.AttachTCXIngress},
+	}
+}
+
+func (p *Pod) hook(pin string) hook {
+	for _, h := range p.hooks() {
+		if h.pin == pin {
+			return h
+		}
+	}
+	panic("capture: no hook " + pin)
+}
+
+// put makes prog the program of the hook. If a pinned link holds there, its
+// program is exchanged in one step, so that there is no moment without one.
+func (p *Pod) put(h hook, prog *ebpf.Program) error {
+	path := filepath.Join(p.dir, h.pin)
+	l, err := p.pinned(h)
+	if err != nil {
+		return err
+	}
+	if l != nil {
+		if err := l.Update(prog); err != nil {
+			return fmt.Errorf("exchange the program of %s: %w", h.pin, err)
+		}
+		return nil
+	}
+	if l, err = p.attach(h, prog); err != nil {
+		return fmt.Errorf("attach %s: %w", h.pin, err)
+	}
+	if err := l.Pin(path); err != nil {
+		l.Close()
+		return fmt.Errorf("pin %s: %w", h.pin, err)
+	}
+	p.links[h.pin] = l
+	return nil
+}
+
+// pinned returns the link that is pinned for the hook, nil if there is none.
+// A pin that is left from another sandbox of the same pod is removed: its
+// namespace or interface is gone.
+func (p *Pod) pinned(h hook) (link.Link, error) {
+	path := filepath.Join(p.dir, h.pin)
+	l := p.links[h.pin]
+	if l == nil {
+		var err error
+		l, err = link.LoadPinnedLink(path, nil)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("open pinned link %s: %w", h.pin, err)
+		}
+		p.links[h.pin] = l
+	}
+	holds, err := p.holds(h, l)
+	if err != nil {
+		return nil, fmt.Errorf("ask pinned link %s where it is: %w", h.pin, err)
+	}
+	if holds {
+		return l, nil
+	}
+	return nil, p.drop(h.pin)
+}
+
+// holds reports whether l is attached where h is.
+func (p *Pod) holds(h hook, l link.Link) (bool, error) {
+	info, err := l.Info()
+	if err != nil {
+		return false, err
+	}
+	if h.index == 0 {
+		ns := info.NetNs()
+		if ns == nil {
+			return false, nil
+		}
+		id, err := p.ns.ID()
+		return uint64(ns.NetnsInode) == id.Ino, err
+	}
+	tcx := info.TCX()
+	return tcx != nil && int(tcx.Ifindex) == h.index, nil
+}
+
+func (p *Pod) attach(h hook, prog *ebpf.Program) (link.Link, error) {
+	if h.index == 0 {
+		return link.AttachNetNs(p.ns.Fd(), prog)
+	}
+	ns := p.ns
+	if h.host {
+		ns = p.c.cfg.HostNS
+	}
+	return attachTCX(ns, h.index, prog, h.kind)
+}
+
+// attachTCX attaches before the programs of others, the CNI plug-in's for
+// instance; what ours let pass, theirs see.
+func attachTCX(ns *netns.NS, index int, prog *ebpf.Program, kind ebpf.AttachType) (l link.Link, err error) {
+	err = ns.Do(func() error {
+		l, err = link.AttachTCX(link.TCXOptions{Interface: index, Program: prog, Attach: kind, Anchor: link.Head()})
+		return err
+	})
+	return l, err
+}
+
+// drop takes a hook's program off, by letting go of its link.
+func (p *Pod) drop(pin string) error {
+	err := os.Remove(filepath.Join(p.dir, pin))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove pin %s: %w", pin, err)
+	}
+	if l := p.links[pin]; l != nil {
+		delete(p.links, pin)
+		return l.Close()
+	}
+	return nil
+}
+
+// markCaptured and unmarkCaptured make and remove the sign that the capture is
+// complete.
+func (p *Pod) markCaptured() error {
+	err := os.Mkdir(filepath.Join(p.dir, pinCaptured), 0o700)
+	if err != nil && !errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("note that the pod is captured: %w", err)
+	}
+	return nil
+}
+
+func (p *Pod) unmarkCaptured() error {
+	err := unix.Rmdir(filepath.Join(p.dir, pinCaptured))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("note that the pod is not captured: %w", err)
+	}
+	return nil
+}
+
+// captured reports whether an earlier Attach, perhaps of another agent, has
+// run to its end and every link of it still holds.
+func (p *Pod) captured() (bool, error) {
+	if _, err := os.Stat(filepath.Join(p.dir, pinCaptured)); err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return false, nil
+		}
+		return false, fmt.Errorf("ask whether the pod is captured: %w", err)
+	}
+	for _, h := range p.hooks() {
+		l, err := p.pinned(h)
+		if err != nil || l == nil {
+			return false, err
+		}
+	}
+	return true, nil
+}

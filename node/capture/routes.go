@@ -1,0 +1,182 @@
+package capture
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/weft-mesh/weft/internal/netns"
+)
+
+// The routing of a captured pod, in its own namespace. Priority 0, the local
+// table, stays first, so what is for the pod itself is not affected.
+const (
+	table = 1500 // "local default dev lo": everything is delivered here
+
+	ruleLocal       = 99  // mark of what must stay here: table 1500, captured or not
+	ruleProxy       = 100 // the proxy's mark: as without capture
+	ruleUnreachable = 101 // the proxy's mark and no route: an error, not back to itself
+	ruleCapture     = 102 // all other TCP that is generated here: table 1500
+
+	routeProtocol = 80 // rtnetlink(7): who made the route; a number of our own
+)
+
+// rules returns the rules of one family. They say "iif lo", which means
+// generated here: without it, the reverse path check of every packet that
+// arrives would match too and drop it.
+func rules(family int) []*netlink.Rule {
+	mask := uint32(MarkMask)
+	rule := func(priority int) *netlink.Rule {
+		r := netlink.NewRule()
+		r.Family, r.Priority, r.Protocol = family, priority, routeProtocol
+		return r
+	}
+	local, proxy, unreachable, capture := rule(ruleLocal), rule(ruleProxy), rule(ruleUnreachable), rule(ruleCapture)
+	local.Mark, local.Mask, local.IifName, local.IPProto, local.Table = MarkLocal, &mask, "lo", unix.IPPROTO_TCP, table
+	proxy.Mark, proxy.Mask, proxy.Table = MarkProxy, &mask, unix.RT_TABLE_MAIN
+	unreachable.Mark, unreachable.Mask, unreachable.Type = MarkProxy, &mask, unix.RTN_UNREACHABLE
+	capture.IifName, capture.IPProto, capture.Table = "lo", unix.IPPROTO_TCP, table
+	return []*netlink.Rule{local, proxy, unreachable, capture}
+}
+
+// families calls f for each family that the pod has.
+func (w place) families(f func(family int, src net.IP) error) error {
+	if w.v4.IsValid() {
+		if err := f(netlink.FAMILY_V4, w.v4.AsSlice()); err != nil {
+			return fmt.Errorf("IPv4: %w", err)
+		}
+	}
+	if w.v6.IsValid() {
+		if err := f(netlink.FAMILY_V6, w.v6.AsSlice()); err != nil {
+			return fmt.Errorf("IPv6: %w", err)
+		}
+	}
+	return nil
+}
+
+// routed runs f with a netlink handle inside the namespace.
+func routed(ns *netns.NS, f func(nl *netlink.Handle) error) error {
+	return ns.Do(func() error {
+		nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		if err != nil {
+			return err
+		}
+		defer nl.Close()
+		return f(nl)
+	})
+}
+
+// addRoutes makes the table and the rules. What is there already stays.
+// The capturing rule is last, so that it never holds without the others.
+func (w place) addRoutes(ns *netns.NS) error {
+	err := routed(ns, func(nl *netlink.Handle) error {
+		lo, err := nl.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		return w.families(func(family int, src net.IP) error {
+			if err := nl.RouteReplace(defaultToLo(family, lo.Attrs().Index, src)); err != nil {
+				return fmt.Errorf("add route to table %d: %w", table, err)
+			}
+			for _, r := range rules(family) {
+				if err := nl.RuleAdd(r); err != nil && !errors.Is(err, unix.EEXIST) {
+					return fmt.Errorf("add rule %d: %w", r.Priority, err)
+				}
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		return fmt.Errorf("set up the pod's routing: %w", err)
+	}
+	return nil
+}
+
+func defaultToLo(family, lo int, src net.IP) *netlink.Route {
+	all := &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}
+	if family == netlink.FAMILY_V6 {
+		all = &net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}
+	}
+	return &netlink.Route{
+		LinkIndex: lo, Dst: all, Src: src, Table: table,
+		Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Protocol: routeProtocol,
+	}
+}
+
+// removeRules removes the rules but the one that holds draining connections,
+// the capturing one first. What is gone already is no error.
+func (w place) removeRules(ns *netns.NS) error {
+	err := routed(ns, func(nl *netlink.Handle) error {
+		return w.families(func(family int, _ net.IP) error {
+			list := rules(family)
+			for i := len(list) - 1; i >= 0; i-- {
+				if list[i].Priority == ruleLocal {
+					continue
+				}
+				if err := nl.RuleDel(list[i]); err != nil && !gone(err) {
+					return fmt.Errorf("delete rule %d: %w", list[i].Priority, err)
+				}
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		return fmt.Errorf("take down the pod's routing: %w", err)
+	}
+	return nil
+}
+
+// removeLocal removes what removeRules left.
+func (w place) removeLocal(ns *netns.NS) error {
+	err := routed(ns, func(nl *netlink.Handle) error {
+		lo, err := nl.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		return w.families(func(family int, src net.IP) error {
+			if err := nl.RuleDel(rules(family)[0]); err != nil && !gone(err) {
+				return fmt.Errorf("delete rule %d: %w", ruleLocal, err)
+			}
+			if err := nl.RouteDel(defaultToLo(family, lo.Attrs().Index, src)); err != nil && !gone(err) {
+				return fmt.Errorf("delete route of table %d: %w", table, err)
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		return fmt.Errorf("take down the pod's routing: %w", err)
+	}
+	return nil
+}
+
+func gone(err error) bool { return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) }
+
+// acceptMark makes the app's sockets inherit the mark of the packet that made
+// them, IPv6 included (net.ipv4.tcp_fwmark_accept): a probe's answer leaves by
+// the wire, and the answer to the proxy stays here.
+func (c *Capture) acceptMark(ns *netns.NS) error {
+	path := filepath.Join(c.cfg.ProcRoot, "sys/net/ipv4/tcp_fwmark_accept")
+	// The kernel shows the values of the namespace of the thread that opens.
+	err := ns.Do(func() error {
+		// Opened without O_CREATE and O_TRUNC, which proc does not want.
+		f, err := os.OpenFile(path, os.O_WRONLY, 0)
+		if err != nil {
+			return err
+		}
+		_, err = f.WriteString("1")
+		return errors.Join(err, f.Close())
+	})
+	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) {
+		return fmt.Errorf("set net.ipv4.tcp_fwmark_accept in the pod (is %s the host's proc, mounted writable?): %w", c.cfg.ProcRoot, err)
+	}
+	if err != nil {
+		return fmt.Errorf("set net.ipv4.tcp_fwmark_accept in the pod: %w", err)
+	}
+	return nil
+}
