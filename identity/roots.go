@@ -127,7 +127,7 @@ func (r *Roots) bundles() *x509bundle.Set {
 func leafIdentity(cert *x509.Certificate) (mesh.Identity, error) {
 	sid, err := x509svid.IDFromCert(cert)
 	if err != nil {
-		return mesh.Identity{}, err
+		return mesh.Identity{}, fmt.Errorf("read its identity from URI names %v: %w", cert.URIs, err)
 	}
 	return mesh.ParseIdentity(sid.String())
 }

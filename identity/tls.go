@@ -19,6 +19,10 @@ var ErrWrongPeer = errors.New("peer is not who was expected")
 // protocol is the only application protocol of the tunnel.
 const protocol = "h2"
 
+// longestWait bounds how long a handshake waits for our own certificate, also
+// when whoever began it gave it no deadline.
+const longestWait = 10 * time.Second
+
 // A CertFunc returns the certificate to present. It may wait for one until
 // ctx ends.
 type CertFunc func(ctx context.Context) (*tls.Certificate, error)
@@ -31,7 +35,7 @@ func ClientTLS(own CertFunc, roots *Roots, want []mesh.Identity) *tls.Config {
 	want = slices.DeleteFunc(slices.Clone(want), mesh.Identity.IsZero)
 	c := base()
 	c.GetClientCertificate = func(r *tls.CertificateRequestInfo) (*tls.Certificate, error) {
-		return own(r.Context())
+		return present(r.Context(), own)
 	}
 	verifyInsteadOfHostName(c, func(cs tls.ConnectionState) error {
 		got, err := verify(cs, roots, x509.ExtKeyUsageServerAuth)
@@ -53,7 +57,7 @@ func ClientTLS(own CertFunc, roots *Roots, want []mesh.Identity) *tls.Config {
 func ServerTLS(own CertFunc, roots *Roots, trustDomain string) *tls.Config {
 	c := base()
 	c.GetCertificate = func(h *tls.ClientHelloInfo) (*tls.Certificate, error) {
-		return own(h.Context())
+		return present(h.Context(), own)
 	}
 	// RequireAndVerifyClientCert would verify against one fixed pool; ours
 	// depends on the trust domain and changes while we run.
@@ -83,6 +87,13 @@ func PeerIdentity(cs tls.ConnectionState) (mesh.Identity, error) {
 		return mesh.Identity{}, fmt.Errorf("read peer identity: %w", err)
 	}
 	return id, nil
+}
+
+// present returns our own certificate for a handshake.
+func present(ctx context.Context, own CertFunc) (*tls.Certificate, error) {
+	ctx, cancel := context.WithTimeout(ctx, longestWait)
+	defer cancel()
+	return own(ctx)
 }
 
 // base is what both sides share: TLS 1.3, h2, no resumption. A resumed
