@@ -1,0 +1,433 @@
+package ztunnel
+
+import (
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/weft-mesh/weft/hbone"
+	"github.com/weft-mesh/weft/identity"
+	"github.com/weft-mesh/weft/internal/handoff"
+	"github.com/weft-mesh/weft/mesh"
+	"github.com/weft-mesh/weft/mesh/view"
+)
+
+// closed wants c to end with an RST within limit.
+func closed(t *testing.T, c *net.TCPConn, limit time.Duration) {
+	t.Helper()
+	began := time.Now()
+	c.SetReadDeadline(began.Add(limit))
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("after %v: %v, want a reset", time.Since(began), err)
+	}
+}
+
+func TestPolicyChangeClosesWhatItForbids(t *testing.T) {
+	p := newPair(t, echo)
+	p.setPolicies(allowOnly("a", "client"))
+	tunnelled := p.client.dial(p.service)
+	if err := roundTrip(tunnelled, "before"); err != nil {
+		t.Fatal(err)
+	}
+	p.setPolicies(allowOnly("a", "client"), denyFrom("d", "nobody-here"))
+	if err := roundTrip(tunnelled, "an unrelated change"); err != nil {
+		t.Fatal(err)
+	}
+	p.setPolicies(denyFrom("d", "client"))
+	closed(t, tunnelled, time.Second)
+	p.serverNode.logged(`error="closed: no longer allowed: denied by policy shop/d"`)
+}
+
+func TestStrictClosesPlainConnections(t *testing.T) {
+	p := newPair(t, echo)
+	outsider := p.clientNode.add("outsider", func(w *mesh.Workload) { w.Transport = mesh.PlainTCP })
+	plain, tunnelled := outsider.dial(p.server.plain), p.client.dial(p.service)
+	for _, c := range []*net.TCPConn{plain, tunnelled} {
+		if err := roundTrip(c, "before"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.setPolicies(strict())
+	closed(t, plain, time.Second)
+	if err := roundTrip(tunnelled, "after"); err != nil {
+		t.Errorf("the tunnelled connection: %v", err)
+	}
+}
+
+// A policy and the workload that lists it come separately: an open connection
+// survives the moment in between, but not a policy that never comes.
+func TestListedPolicyThatComesLater(t *testing.T) {
+	p := newPair(t, echo)
+	c := p.client.dial(p.service)
+	if err := roundTrip(c, "before"); err != nil {
+		t.Fatal(err)
+	}
+	list := func(names ...mesh.Name) {
+		p.change(func(w *world) {
+			for i := range w.ws {
+				if w.ws[i].Name.Name == "server" {
+					w.ws[i].Policies = names
+				}
+			}
+		})
+	}
+	allow := allowOnly("allow", "client")
+	allow.Scope = mesh.ScopeSelector
+	list(allow.Name)
+	if err := roundTrip(c, "in between"); err != nil {
+		t.Fatal(err)
+	}
+	p.setPolicies(allow)
+	if err := roundTrip(c, "after"); err != nil {
+		t.Fatal(err)
+	}
+	list(allow.Name, mesh.Name{Namespace: "shop", Name: "never"})
+	closed(t, c, policyGrace+time.Second)
+}
+
+// A pod that is taken out of the View while it ends keeps its connections.
+func TestPodThatLeavesTheView(t *testing.T) {
+	p := newPair(t, echo)
+	c := p.client.dial(p.service)
+	if err := roundTrip(c, "before"); err != nil {
+		t.Fatal(err)
+	}
+	p.change(func(w *world) { w.ws = nil })
+	p.serverNode.recheckAll(false)
+	if err := roundTrip(c, "after"); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestDelStopsAcceptingAndLetsConnectionsEnd(t *testing.T) {
+	p := newPair(t, echo)
+	c := p.client.dial(p.service)
+	if err := roundTrip(c, "before"); err != nil {
+		t.Fatal(err)
+	}
+	p.serverNode.Del(p.server.uid)
+	if conn, err := net.Dial("tcp", netip.AddrPortFrom(p.server.addr, hbone.Port).String()); err == nil {
+		conn.Close()
+		t.Error("the tunnel listener still accepts after Del")
+	}
+	if err := roundTrip(c, "after"); err != nil {
+		t.Errorf("the open connection: %v", err)
+	}
+	c.CloseWrite()
+	if _, err := io.ReadAll(c); err != nil {
+		t.Errorf("the end of the open connection: %v", err)
+	}
+	eventually(t, "that nothing is left of the pod", func() bool {
+		p.serverNode.mu.Lock()
+		defer p.serverNode.mu.Unlock()
+		return len(p.serverNode.owners) == 0
+	})
+	p.serverNode.Del(p.server.uid) // once more is no error
+}
+
+func TestLeaveTimeoutEndsTheRest(t *testing.T) {
+	w := newWorld(t)
+	n := w.node(func(c *Config) { c.LeaveTimeout = 50 * time.Millisecond })
+	server := n.add("server", nil)
+	app := server.app(echo)
+	client := w.node(nil).add("client", nil)
+	c := client.dial(w.publish("server", client, server, app.Port(), nil))
+	if err := roundTrip(c, "before"); err != nil {
+		t.Fatal(err)
+	}
+	n.Del(server.uid)
+	closed(t, c, 5*time.Second)
+	n.logged("drain time is over")
+}
+
+func TestShutdownDrains(t *testing.T) {
+	w := newWorld(t)
+	n := w.node(func(c *Config) { c.DrainTimeout = 30 * time.Second })
+	server := n.add("server", nil)
+	app := server.app(echo)
+	client := w.node(nil).add("client", nil)
+	c := client.dial(w.publish("server", client, server, app.Port(), nil))
+	if err := roundTrip(c, "before"); err != nil {
+		t.Fatal(err)
+	}
+	stopped := make(chan struct{})
+	go func() {
+		n.stop()
+		close(stopped)
+	}()
+	eventually(t, "that it stops accepting", func() bool {
+		conn, err := net.Dial("tcp", netip.AddrPortFrom(server.addr, hbone.Port).String())
+		if err == nil {
+			conn.Close()
+		}
+		return err != nil
+	})
+	if err := roundTrip(c, "while draining"); err != nil {
+		t.Error(err)
+	}
+	select {
+	case <-stopped:
+		t.Error("it stopped before its connection ended")
+	default:
+	}
+	e, _ := w.entry("late", freshAddr())
+	if err := n.Add(t.Context(), e.Pod, e.Files); err == nil {
+		t.Error("a pod was added while draining")
+	}
+	c.CloseWrite()
+	io.ReadAll(c)
+	c.Close()
+	<-stopped
+}
+
+func TestShutdownForcesTheRest(t *testing.T) {
+	w := newWorld(t)
+	n := w.node(func(c *Config) { c.DrainTimeout = 50 * time.Millisecond })
+	server := n.add("server", nil)
+	app := server.app(echo)
+	client := w.node(nil).add("client", nil)
+	c := client.dial(w.publish("server", client, server, app.Port(), nil))
+	if err := roundTrip(c, "before"); err != nil {
+		t.Fatal(err)
+	}
+	n.Del(server.uid) // has an hour, were it not for the shutdown
+	n.stop()
+	closed(t, c, 5*time.Second)
+}
+
+func TestAddIsIdempotent(t *testing.T) {
+	w := newWorld(t)
+	n := w.node(nil)
+	e, p := w.entry("server", freshAddr())
+	n.enter = enterWith(p)
+	again := handoff.Entry{Pod: e.Pod}
+	copyFiles(t, &again.Files, e.Files)
+	if err := n.Add(t.Context(), e.Pod, e.Files); err != nil {
+		t.Fatal(err)
+	}
+	first := n.pods[p.uid]
+	again.Pod.Addresses = append(addrs("fd00::1"), again.Pod.Addresses...)
+	if err := n.Add(t.Context(), again.Pod, again.Files); err != nil {
+		t.Fatal(err)
+	}
+	if n.pods[p.uid] != first {
+		t.Error("the same sockets again made a new pod")
+	}
+	if got := len(first.info.Load().Addresses); got != 2 {
+		t.Errorf("%d addresses, want the 2 of the correction", got)
+	}
+	if got := n.world.gauge("workload_manager_active_proxy_count", n); got != 1 {
+		t.Errorf("%v pods counted, want 1", got)
+	}
+
+	// Other sockets replace the old ones.
+	other, q := w.entry("server", freshAddr())
+	n.enter = enterWith(q)
+	if err := n.Add(t.Context(), other.Pod, other.Files); err != nil {
+		t.Fatal(err)
+	}
+	if n.pods[p.uid] == first {
+		t.Error("other sockets did not replace the old ones")
+	}
+}
+
+// copyFiles fills to with descriptors of the files in from.
+func copyFiles(t *testing.T, to *handoff.Files, from handoff.Files) {
+	t.Helper()
+	one := func(to **os.File, from *os.File) {
+		if from == nil {
+			return
+		}
+		fd, err := dupFD(from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		*to = os.NewFile(uintptr(fd), from.Name())
+	}
+	one(&to.Netns, from.Netns)
+	one(&to.Blessed, from.Blessed)
+	for i := range from.Listeners {
+		one(&to.Listeners[i], from.Listeners[i])
+	}
+}
+
+func TestAddOfBadPods(t *testing.T) {
+	n := newWorld(t).node(nil)
+	for name, change := range map[string]func(*handoff.Entry){
+		"no service account": func(e *handoff.Entry) { e.Pod.ServiceAccount = "" },
+		"no UID":             func(e *handoff.Entry) { e.Pod.UID = "" },
+		"a listener that is no socket": func(e *handoff.Entry) {
+			e.Files.Listeners[handoff.Out4].Close()
+			e.Files.Listeners[handoff.Out4], _ = os.Open(os.DevNull)
+		},
+		"a namespace that is none": func(e *handoff.Entry) {
+			n.enter = enterNamespace
+			e.Files.Netns.Close()
+			e.Files.Netns, _ = os.Open(os.DevNull)
+		},
+	} {
+		e, p := n.world.entry("x", freshAddr())
+		n.enter = enterWith(p)
+		change(&e)
+		if err := n.Add(t.Context(), e.Pod, e.Files); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+		if len(n.pods) != 0 {
+			t.Errorf("%s: it is served", name)
+		}
+		if e.Files.Netns.Close() == nil {
+			t.Errorf("%s: its files are open", name)
+		}
+	}
+}
+
+func TestSnapshotEndAndHeld(t *testing.T) {
+	w := newWorld(t)
+	n := w.node(nil)
+	a, b := n.add("a", nil), n.add("b", nil)
+	held := n.Held()
+	if len(held) != 2 {
+		t.Fatalf("%d pods held, want 2", len(held))
+	}
+	for _, e := range held {
+		if err := e.Pod.Validate(); err != nil {
+			t.Error(err)
+		}
+		l, err := net.FileListener(e.Files.Listeners[handoff.HB4])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if addr := l.Addr().(*net.TCPAddr).AddrPort(); addr.Addr() != e.Pod.Addresses[0] || addr.Port() != hbone.Port {
+			t.Errorf("pod %s is held with listener %v", e.Pod.Name, addr)
+		}
+		l.Close()
+		e.Files.Close()
+	}
+	n.SnapshotEnd(map[string]bool{a.uid: true})
+	n.mu.Lock()
+	_, hasA := n.pods[a.uid]
+	_, hasB := n.pods[b.uid]
+	n.mu.Unlock()
+	if !hasA || hasB {
+		t.Errorf("after the snapshot: a %v, b %v, want only a", hasA, hasB)
+	}
+}
+
+func TestIdentityComesFromTheAgent(t *testing.T) {
+	p := newPair(t, echo)
+	// The View claims that the client pod is somebody else.
+	p.change(func(w *world) {
+		for i := range w.ws {
+			if w.ws[i].Name.Name == "client" {
+				w.ws[i].Identity = identityOf("shop", "admin")
+			}
+		}
+	})
+	p.setPolicies(allowOnly("a", "admin"))
+	p.client.refused(p.service)
+	p.serverNode.logged(`src.identity="spiffe://cluster.local/ns/shop/sa/client"`, "denied")
+}
+
+func TestSameNodeShortCut(t *testing.T) {
+	w := newWorld(t)
+	n := w.node(func(c *Config) { c.SameNode = true })
+	client, server := n.add("client", nil), n.add("server", nil)
+	app := server.app(echo)
+	service := w.publish("server", client, server, app.Port(), nil)
+	w.setPolicies(allowOnly("a", "client"))
+	c := client.dial(service)
+	if err := roundTrip(c, "straight"); err != nil {
+		t.Fatal(err)
+	}
+	if got := client.outlet.dialed(); len(got) != 0 {
+		t.Errorf("the client's pod dialed %v, want nothing", got)
+	}
+	if got := server.outlet.dialed(); len(got) != 1 || got[0] != app {
+		t.Errorf("the server's pod dialed %v, want its application", got)
+	}
+	w.setPolicies(denyFrom("d", "client"))
+	closed(t, c, time.Second)
+	out := n.logged(`direction="outbound"`, "no longer allowed")
+	in := n.logged(`direction="inbound"`, "no longer allowed")
+	for _, line := range []string{out, in} {
+		if !strings.Contains(line, `src.identity="spiffe://cluster.local/ns/shop/sa/client"`) {
+			t.Errorf("line without the client's identity: %s", line)
+		}
+	}
+	client.refused(service)
+	if got := server.outlet.dialed(); len(got) != 1 {
+		t.Errorf("a denied connection reached the application: %v", got)
+	}
+
+	// The pod at the address is not who the View says.
+	w.setPolicies()
+	w.change(func(w *world) {
+		for i := range w.ws {
+			if w.ws[i].Name.Name == "server" {
+				w.ws[i].Identity.ServiceAccount = "other"
+			}
+		}
+	})
+	client.refused(service)
+	n.logged(identity.ErrWrongPeer.Error())
+}
+
+func TestSameNodeIsOffByDefault(t *testing.T) {
+	w := newWorld(t)
+	n := w.node(nil)
+	client, server := n.add("client", nil), n.add("server", nil)
+	app := server.app(echo)
+	if err := roundTrip(client.dial(w.publish("server", client, server, app.Port(), nil)), "tunnel"); err != nil {
+		t.Fatal(err)
+	}
+	if got := client.outlet.dialed(); len(got) != 1 || got[0].Port() != hbone.Port {
+		t.Errorf("dialed %v, want a tunnel", got)
+	}
+}
+
+// The ports of plain clients must not be taken for connections in their name.
+func TestPlainClients(t *testing.T) {
+	var p plainClients
+	a := netip.MustParseAddrPort("10.0.0.2:4000")
+	if p.has(a) {
+		t.Error("the zero value has a client")
+	}
+	p.add(a)
+	p.add(a)
+	p.remove(a)
+	if !p.has(a) {
+		t.Error("gone after one of two ended")
+	}
+	p.remove(a)
+	if p.has(a) || len(p.open) != 0 {
+		t.Error("still there")
+	}
+}
+
+func TestPoolsNeverCrossPods(t *testing.T) {
+	w := newWorld(t)
+	n := w.node(nil)
+	a := n.add("a", nil)
+	q := n.pods[a.uid]
+	if _, err := n.tunnelTLS(hbone.Target{Owner: q.owner, Source: identityOf("shop", "b")}); err == nil {
+		t.Error("a tunnel of pod a was given the certificate of b")
+	}
+	if _, err := n.tunnelTLS(hbone.Target{Owner: "gone", Source: q.id}); err == nil {
+		t.Error("a tunnel of nobody was given a certificate")
+	}
+	if _, err := n.dialTunnel(t.Context(), hbone.Target{Owner: "gone"}); err == nil {
+		t.Error("a tunnel of nobody was dialed")
+	}
+}
+
+func TestOwnWorkloadOfAnEmptyView(t *testing.T) {
+	if w := ownWorkload(new(view.View), handoff.Pod{}, mesh.Identity{}); w != nil {
+		t.Errorf("the zero view knows %v", w)
+	}
+}

@@ -1,0 +1,160 @@
+package ztunnel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/weft-mesh/weft/internal/handoff"
+	"github.com/weft-mesh/weft/internal/netns"
+)
+
+// mark is on every packet of the proxy's own sockets that leave a pod: the
+// pod's routing rules send what lacks it to the proxy.
+const mark = 0x539
+
+// outlet is the way from the proxy into a pod's network namespace.
+type outlet interface {
+	// Dial connects from inside the namespace, as netns.NS.Dial does.
+	Dial(ctx context.Context, network string, local, remote netip.AddrPort, control func(fd int) error) (*net.TCPConn, error)
+	// Holds reports whether a connection to a would stay in the namespace. A
+	// fresh answer costs a question to the kernel. It fails when that cannot
+	// be known.
+	Holds(a netip.Addr, fresh bool) (bool, error)
+	Close() error
+}
+
+// namespace is the outlet of a real pod.
+type namespace struct {
+	*netns.NS
+
+	mu    sync.Mutex
+	addrs []netip.Addr // of its interfaces
+	until time.Time    // when addrs are out of date
+}
+
+// enterNamespace opens the namespace of f a second time: the outlet closes its
+// own.
+func enterNamespace(f handoff.Files) (outlet, error) {
+	fd, err := dupFD(f.Netns)
+	if err != nil {
+		return nil, fmt.Errorf("open network namespace: %w", err)
+	}
+	ns, err := netns.FromFD(fd)
+	if err != nil {
+		return nil, err
+	}
+	return &namespace{NS: ns}, nil
+}
+
+// Holds knows addresses that are up to a second old if fresh is not set.
+func (n *namespace) Holds(a netip.Addr, fresh bool) (bool, error) {
+	if a.IsLoopback() || a.IsUnspecified() {
+		return true, nil
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if now := time.Now(); fresh || now.After(n.until) {
+		addrs, err := n.Addrs()
+		if err != nil {
+			return false, err
+		}
+		n.addrs, n.until = addrs, now.Add(time.Second)
+	}
+	return slices.Contains(n.addrs, a), nil
+}
+
+// dupFD copies the descriptor of a file that is not a socket.
+func dupFD(f *os.File) (int, error) {
+	if f == nil {
+		return -1, errors.New("the file is missing")
+	}
+	return unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+}
+
+// dialOut connects from the pod to the outside. The socket is marked, so that
+// it is not captured, and blessed before its SYN, so that the guards let it
+// pass.
+func (q *pod) dialOut(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error) {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	c, err := q.out.Dial(ctx, "tcp", netip.AddrPort{}, to, func(fd int) error {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, mark); err != nil {
+			return fmt.Errorf("mark socket: %w", err)
+		}
+		return handoff.Bless(int(q.files.Blessed.Fd()), fd)
+	})
+	return tuned(c, err)
+}
+
+// errPortTaken says that the kernel chose a port that cannot be used.
+var errPortTaken = errors.New("the client has a plain connection with this port")
+
+// dialApp connects to the pod's own application in the name of client. The
+// socket is not marked: a mark would pass to the application's side of the
+// connection, and route its answers out of the pod.
+func (q *pod) dialApp(ctx context.Context, client netip.Addr, to netip.AddrPort) (*net.TCPConn, error) {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	for tries := 0; ; tries++ {
+		c, err := q.out.Dial(ctx, "tcp", netip.AddrPort{}, to, func(fd int) error {
+			return q.bindAs(fd, client)
+		})
+		if !errors.Is(err, errPortTaken) || tries == 16 {
+			return tuned(c, err)
+		}
+	}
+}
+
+// bindAs binds a socket to an address that is not ours. The port is the
+// kernel's choice at bind, so that it can be judged before the SYN.
+func (q *pod) bindAs(fd int, client netip.Addr) error {
+	var sa unix.Sockaddr
+	level, option := unix.SOL_IP, unix.IP_TRANSPARENT
+	if client.Is4() {
+		sa = &unix.SockaddrInet4{Addr: client.As4()}
+	} else {
+		level, option = unix.SOL_IPV6, unix.IPV6_TRANSPARENT
+		sa = &unix.SockaddrInet6{Addr: client.As16()}
+	}
+	if err := unix.SetsockoptInt(fd, level, option, 1); err != nil {
+		return fmt.Errorf("keep the client's address: make socket transparent: %w", err)
+	}
+	if err := unix.Bind(fd, sa); err != nil {
+		return fmt.Errorf("keep the client's address: bind to %v: %w", client, err)
+	}
+	bound, err := unix.Getsockname(fd)
+	if err != nil {
+		return fmt.Errorf("keep the client's address: %w", err)
+	}
+	var port int
+	switch b := bound.(type) {
+	case *unix.SockaddrInet4:
+		port = b.Port
+	case *unix.SockaddrInet6:
+		port = b.Port
+	}
+	if q.plain.has(netip.AddrPortFrom(client, uint16(port))) {
+		return errPortTaken
+	}
+	return nil
+}
+
+func tuned(c *net.TCPConn, err error) (*net.TCPConn, error) {
+	if err != nil {
+		return nil, err
+	}
+	if err := tune(c); err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}

@@ -1,0 +1,275 @@
+package ztunnel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/weft-mesh/weft/hbone"
+	"github.com/weft-mesh/weft/identity"
+	"github.com/weft-mesh/weft/internal/handoff"
+	"github.com/weft-mesh/weft/mesh"
+)
+
+// pod is one captured pod.
+type pod struct {
+	proxy *Proxy
+	owner string                      // unique over all pods ever served, also with one UID
+	id    mesh.Identity               // from the node agent, never from the View
+	info  atomic.Pointer[handoff.Pod] // addresses may be corrected
+
+	out       outlet
+	files     handoff.Files // netns and map; the listeners are below
+	listeners [handoff.Roles]*net.TCPListener
+	server    *hbone.Server
+
+	// serving ends when the pod leaves: nothing more is accepted. alive ends
+	// when what is open must close.
+	serving, alive         context.Context
+	stopServing, forceStop context.CancelFunc
+	accepts, conns         sync.WaitGroup
+
+	plain plainClients
+}
+
+// newPod takes over f, unless it fails.
+func newPod(p *Proxy, info handoff.Pod, id mesh.Identity, owner string, f handoff.Files) (*pod, error) {
+	q := &pod{proxy: p, owner: owner, id: id, files: handoff.Files{Netns: f.Netns, Blessed: f.Blessed}}
+	q.info.Store(&info)
+	for r, file := range f.Listeners {
+		if file == nil {
+			continue
+		}
+		l, err := net.FileListener(file)
+		if err == nil {
+			var ok bool
+			if q.listeners[r], ok = l.(*net.TCPListener); !ok {
+				l.Close()
+				err = fmt.Errorf("it is a %T", l)
+			}
+		}
+		if err != nil {
+			q.closeListeners()
+			return nil, fmt.Errorf("open listener %v: %w", handoff.Role(r), err)
+		}
+	}
+	out, err := p.enter(f)
+	if err != nil {
+		q.closeListeners()
+		return nil, err
+	}
+	q.out = out
+	q.alive, q.forceStop = context.WithCancel(context.Background())
+	q.serving, q.stopServing = context.WithCancel(q.alive)
+	q.server = hbone.NewServer(hbone.ServerConfig{
+		TLS:          identity.ServerTLS(p.cfg.Identity.Only(id), p.cfg.Roots, p.cfg.TrustDomain),
+		Handle:       q.serveTunnel,
+		Log:          p.cfg.Log.With("pod", info.Name, "namespace", info.Namespace),
+		Handshakes:   p.handshakes,
+		DrainTimeout: p.cfg.LeaveTimeout, // force ends it earlier
+	})
+	for _, file := range f.Listeners { // FileListener has made its own
+		if file != nil {
+			file.Close()
+		}
+	}
+	return q, nil
+}
+
+// start accepts on every listener. Each connection has a goroutine.
+func (q *pod) start() {
+	serve := map[handoff.Role]func(*net.TCPConn){
+		handoff.Out4: q.serveOutbound, handoff.Out6: q.serveOutbound,
+		handoff.In4: q.servePlain, handoff.In6: q.servePlain,
+		handoff.HB4: q.serveHBONE, handoff.HB6: q.serveHBONE,
+	}
+	for r, l := range q.listeners {
+		if l != nil {
+			q.accepts.Go(func() { q.accept(l, serve[handoff.Role(r)]) })
+		}
+	}
+}
+
+// accept hands connections to serve until l is closed.
+func (q *pod) accept(l *net.TCPListener, serve func(*net.TCPConn)) {
+	for {
+		c, err := l.AcceptTCP()
+		if err == nil {
+			q.conns.Go(func() {
+				defer c.Close()
+				if err := tune(c); err == nil { // else it is gone already
+					serve(c)
+				}
+			})
+			continue
+		}
+		if q.serving.Err() != nil || errors.Is(err, net.ErrClosed) {
+			return
+		}
+		// Out of files or memory: those in the backlog wait.
+		q.proxy.cfg.Log.Error("cannot accept a connection: trying again", "pod", q.info.Load().Name, "error", err)
+		select {
+		case <-q.serving.Done():
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// tune sets the options that every connection has, as other implementations
+// of the tunnel do.
+func tune(c *net.TCPConn) error {
+	return errors.Join(c.SetNoDelay(true), c.SetKeepAliveConfig(net.KeepAliveConfig{
+		Enable: true, Idle: 180 * time.Second, Interval: 180 * time.Second, Count: 9,
+	}))
+}
+
+// serveHBONE serves one tunnel. It waits for the certificate first: a handshake
+// that waits would keep others from theirs.
+func (q *pod) serveHBONE(c *net.TCPConn) {
+	stop := context.AfterFunc(q.alive, func() { c.Close() })
+	defer stop()
+	ctx, cancel := context.WithTimeout(q.serving, connectTimeout)
+	_, err := q.proxy.cfg.Identity.Certificate(ctx, q.id)
+	cancel()
+	if err != nil {
+		q.proxy.cfg.Log.Error("a tunnel was refused", "pod", q.info.Load().Name, "from", c.RemoteAddr(), "error", err)
+		return
+	}
+	if err := q.server.ServeConn(q.serving, c); err != nil {
+		q.proxy.cfg.Log.Debug("a tunnel ended", "pod", q.info.Load().Name, "from", c.RemoteAddr(), "error", err)
+	}
+}
+
+// stop accepts nothing more, and tells those at the other ends of tunnels.
+func (q *pod) stop() {
+	q.stopServing()
+	q.closeListeners()
+	q.accepts.Wait()
+}
+
+// finish returns when every connection has ended. Those that last longer than
+// timeout are aborted.
+func (q *pod) finish(timeout time.Duration) {
+	t := time.AfterFunc(timeout, q.force)
+	defer t.Stop()
+	q.conns.Wait()
+	q.forceStop()
+}
+
+// force aborts every connection.
+func (q *pod) force() {
+	q.forceStop()
+	for _, f := range q.proxy.flows.all() {
+		if f.pod == q {
+			f.abort(errors.New("closed: the drain time is over"))
+		}
+	}
+}
+
+func (q *pod) closeListeners() {
+	for _, l := range q.listeners {
+		if l != nil {
+			l.Close()
+		}
+	}
+}
+
+// close lets go of everything. No connection may be open.
+func (q *pod) close() {
+	q.out.Close()
+	q.files.Close()
+}
+
+// dupFiles returns copies of the pod's files.
+func (q *pod) dupFiles() (handoff.Files, error) {
+	var f handoff.Files
+	var errs [2 + handoff.Roles]error
+	f.Netns, errs[0] = dup(q.files.Netns)
+	f.Blessed, errs[1] = dup(q.files.Blessed)
+	for r, l := range q.listeners {
+		if l != nil {
+			f.Listeners[r], errs[2+r] = l.File()
+		}
+	}
+	if err := errors.Join(errs[:]...); err != nil {
+		f.Close()
+		return handoff.Files{}, err
+	}
+	return f, nil
+}
+
+// sameSockets reports whether f has the sockets that are served already.
+func (q *pod) sameSockets(f handoff.Files) bool {
+	for r, l := range q.listeners {
+		if (l == nil) != (f.Listeners[r] == nil) {
+			return false
+		}
+		if l != nil && !sameFile(l, f.Listeners[r]) {
+			return false
+		}
+	}
+	return true
+}
+
+// sameFile reports whether both are one open socket.
+func sameFile(a, b syscall.Conn) bool {
+	var st [2]syscall.Stat_t
+	for i, c := range []syscall.Conn{a, b} {
+		raw, err := c.SyscallConn()
+		if err != nil {
+			return false
+		}
+		var serr error
+		if err := raw.Control(func(fd uintptr) { serr = syscall.Fstat(int(fd), &st[i]) }); err != nil || serr != nil {
+			return false
+		}
+	}
+	return st[0].Dev == st[1].Dev && st[0].Ino == st[1].Ino
+}
+
+func dup(f *os.File) (*os.File, error) {
+	fd, err := dupFD(f)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), f.Name()), nil
+}
+
+// plainClients are the remote ends of the plain connections that are open
+// towards the pod. A connection that the proxy opens to the application in the
+// client's name must not have the port of one of them: its packets could not
+// be told from theirs.
+type plainClients struct {
+	mu   sync.Mutex
+	open map[netip.AddrPort]int
+}
+
+func (p *plainClients) add(a netip.AddrPort) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.open == nil {
+		p.open = make(map[netip.AddrPort]int)
+	}
+	p.open[a]++
+}
+
+func (p *plainClients) remove(a netip.AddrPort) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.open[a]--; p.open[a] == 0 {
+		delete(p.open, a)
+	}
+}
+
+func (p *plainClients) has(a netip.AddrPort) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.open[a] > 0
+}

@@ -1,0 +1,348 @@
+// Package ztunnel is the node's L4 proxy: it takes what captured pods send into
+// mutual TLS tunnels, and what arrives for them out of tunnels, by the
+// identities and policies of the mesh.
+//
+// It asks the socket, never a map: the local address of an accepted connection
+// is where the client wanted to go, and who calls is the pod whose listener
+// accepted it. So it runs on plain listeners as well, without root.
+//
+// Decisions are pure functions of one view.View: planOutbound and admit.
+package ztunnel
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"runtime"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/semaphore"
+
+	"github.com/weft-mesh/weft/hbone"
+	"github.com/weft-mesh/weft/identity"
+	"github.com/weft-mesh/weft/internal/handoff"
+	"github.com/weft-mesh/weft/internal/run"
+	"github.com/weft-mesh/weft/mesh"
+	"github.com/weft-mesh/weft/mesh/view"
+)
+
+// Config is what a Proxy works with.
+type Config struct {
+	View        *view.Store       // required
+	Identity    *identity.Manager // required
+	Roots       *identity.Roots   // required
+	TrustDomain string            // of all local pods; required
+	Network     string            // of this node; "" is the default network
+	Cluster     string            // of this node, for baggage
+
+	// SameNode lets a connection between two pods of this node go straight
+	// from one namespace into the other, without TLS, after the same
+	// authorization. It is much cheaper, but the bytes never cross the pods'
+	// interfaces: a NetworkPolicy of the CNI does not see them.
+	SameNode bool
+
+	Log       *slog.Logger          // required
+	AccessLog io.Writer             // one line for each connection; nil writes none
+	Metrics   prometheus.Registerer // nil exports none
+
+	// DrainTimeout is how long open connections may last after Run's context
+	// ends. 0 is 20 seconds.
+	DrainTimeout time.Duration
+	// LeaveTimeout is how long open connections of a pod may last after it
+	// left. When the pod is gone they end by themselves; when it only left the
+	// mesh they are its user's. 0 is an hour.
+	LeaveTimeout time.Duration
+}
+
+// Timings that are not worth a setting.
+const (
+	// patience is how long a new connection waits for the View to know what it
+	// needs: a proxy and a pod that have just started are ahead of it.
+	patience = 5 * time.Second
+	// connectTimeout bounds one TCP connect.
+	connectTimeout = 10 * time.Second
+	// tunnelTimeout bounds everything until a tunnel's 200: certificate,
+	// connect, handshake, and the connect at the other end.
+	tunnelTimeout = 20 * time.Second
+	// countPause is how often the bytes of open connections are counted.
+	countPause = 5 * time.Second
+)
+
+// A Proxy is the node's L4 proxy. It implements handoff.Handler. Make it with
+// New, then call Run; pods may be added before.
+type Proxy struct {
+	cfg        Config
+	pool       *hbone.Pool
+	telemetry  *telemetry
+	flows      registry
+	handshakes *semaphore.Weighted
+	// enter makes the way out of a pod's namespace. Tests replace it.
+	enter func(handoff.Files) (outlet, error)
+
+	leaving sync.WaitGroup // pods that drain
+
+	mu      sync.Mutex
+	pods    map[string]*pod // by UID: those that are served
+	owners  map[string]*pod // by owner: those and the ones that drain
+	born    uint64          // number of pods ever added
+	stopped bool
+}
+
+// New returns a proxy that serves no pod yet.
+func New(cfg Config) *Proxy {
+	cfg.DrainTimeout = cmp.Or(cfg.DrainTimeout, 20*time.Second)
+	cfg.LeaveTimeout = cmp.Or(cfg.LeaveTimeout, time.Hour)
+	p := &Proxy{
+		cfg:       cfg,
+		telemetry: newTelemetry(cfg.Metrics, &accessLog{w: cfg.AccessLog, now: time.Now}),
+		// Each handshake is milliseconds of CPU; a storm of them must not starve
+		// what is established.
+		handshakes: semaphore.NewWeighted(int64(max(1, runtime.GOMAXPROCS(0)/2))),
+		enter:      enterNamespace,
+		pods:       make(map[string]*pod),
+		owners:     make(map[string]*pod),
+	}
+	p.pool = hbone.NewPool(hbone.PoolConfig{
+		Dial:        p.dialTunnel,
+		TLS:         p.tunnelTLS,
+		Log:         cfg.Log,
+		DialTimeout: connectTimeout,
+		Handshakes:  p.handshakes,
+	})
+	return p
+}
+
+// Run keeps the pods that are added served until ctx ends. Then it stops
+// accepting, lets open connections finish for Config.DrainTimeout, aborts those
+// that do not, and returns when nothing is left.
+func (p *Proxy) Run(ctx context.Context) error {
+	work, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	return run.All(work,
+		p.pool.Run,
+		p.recheck,
+		p.countBytes,
+		func(context.Context) error {
+			<-ctx.Done()
+			p.drain()
+			return nil // ends the others
+		})
+}
+
+// drain lets every pod leave, and returns when all have.
+func (p *Proxy) drain() {
+	p.mu.Lock()
+	p.stopped = true
+	pods := p.pods
+	p.pods = make(map[string]*pod)
+	for _, q := range pods {
+		p.leave(q, p.cfg.DrainTimeout)
+	}
+	owners := len(p.owners)
+	p.mu.Unlock()
+	p.cfg.Log.Info("draining", "pods", owners, "connections", len(p.flows.all()), "timeout", p.cfg.DrainTimeout)
+
+	done := make(chan struct{})
+	go func() {
+		p.leaving.Wait()
+		close(done)
+	}()
+	timeout := time.NewTimer(p.cfg.DrainTimeout)
+	defer timeout.Stop()
+	select {
+	case <-done:
+		return
+	case <-timeout.C:
+	}
+	p.mu.Lock()
+	for _, q := range p.owners { // those that left before have more time of their own
+		q.force()
+	}
+	p.mu.Unlock()
+	<-done
+}
+
+// Add serves a pod from its files, which are the proxy's from then on. The
+// same pod with the same sockets again changes nothing but its addresses; with
+// other sockets it replaces the old ones, whose connections drain.
+func (p *Proxy) Add(ctx context.Context, info handoff.Pod, f handoff.Files) error {
+	if err := info.Validate(); err != nil {
+		f.Close()
+		return err
+	}
+	for i, a := range info.Addresses {
+		info.Addresses[i] = a.Unmap()
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.stopped {
+		f.Close()
+		return errors.New("this ztunnel is stopping")
+	}
+	id := mesh.Identity{TrustDomain: p.cfg.TrustDomain, Namespace: info.Namespace, ServiceAccount: info.ServiceAccount}
+	old := p.pods[info.UID]
+	if old != nil && old.id == id && old.sameSockets(f) {
+		old.info.Store(&info)
+		return f.Close()
+	}
+	p.born++
+	q, err := newPod(p, info, id, fmt.Sprintf("%s#%d", info.UID, p.born), f)
+	if err != nil {
+		f.Close()
+		return fmt.Errorf("serve pod %s/%s: %w", info.Namespace, info.Name, err)
+	}
+	if old != nil {
+		p.leave(old, p.cfg.LeaveTimeout)
+	}
+	p.pods[info.UID] = q
+	p.owners[q.owner] = q
+	p.telemetry.pods.Set(float64(len(p.pods)))
+	p.cfg.Identity.Warm(id)
+	q.start()
+	p.cfg.Log.Info("serving pod", "pod", info.Name, "namespace", info.Namespace, "identity", id)
+	return nil
+}
+
+// Del accepts no more connections of a pod and lets the open ones end.
+func (p *Proxy) Del(uid string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if q := p.pods[uid]; q != nil {
+		delete(p.pods, uid)
+		p.leave(q, p.cfg.LeaveTimeout)
+	}
+}
+
+// SnapshotEnd lets every pod leave that is not in kept.
+func (p *Proxy) SnapshotEnd(kept map[string]bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for uid, q := range p.pods {
+		if !kept[uid] {
+			delete(p.pods, uid)
+			p.leave(q, p.cfg.LeaveTimeout)
+		}
+	}
+}
+
+// Held returns the pods that are served, with files that the caller closes.
+func (p *Proxy) Held() []handoff.Entry {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var held []handoff.Entry
+	for _, q := range p.pods {
+		f, err := q.dupFiles()
+		if err != nil {
+			p.cfg.Log.Warn("the node agent cannot be told of a pod", "pod", q.info.Load().Name, "error", err)
+			continue
+		}
+		held = append(held, handoff.Entry{Pod: *q.info.Load(), Files: f})
+	}
+	return held
+}
+
+// leave starts the end of q: it returns when q accepts nothing more. p.mu is
+// held.
+func (p *Proxy) leave(q *pod, timeout time.Duration) {
+	q.stop()
+	p.telemetry.pods.Set(float64(len(p.pods)))
+	info := q.info.Load()
+	p.cfg.Log.Info("pod leaves", "pod", info.Name, "namespace", info.Namespace)
+	p.leaving.Go(func() {
+		q.finish(timeout)
+		p.pool.CloseOwner(q.owner)
+		p.cfg.Identity.Forget(q.id)
+		q.close()
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		delete(p.owners, q.owner)
+	})
+}
+
+// await returns the current View as soon as ok holds for it, and at the latest
+// when patience or ctx ends.
+func (p *Proxy) await(ctx context.Context, ok func(*view.View) bool) *view.View {
+	if v := p.cfg.View.Load(); ok(v) {
+		return v
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		changed := p.cfg.View.Changed()
+		v := p.cfg.View.Load()
+		if ok(v) {
+			return v
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return v
+		}
+	}
+}
+
+// dialTunnel connects for the pool, from the namespace of the target's owner. It
+// waits for the certificate first: a handshake that waits would keep others
+// from theirs.
+func (p *Proxy) dialTunnel(ctx context.Context, t hbone.Target) (net.Conn, error) {
+	p.mu.Lock()
+	q := p.owners[t.Owner]
+	p.mu.Unlock()
+	if q == nil {
+		return nil, fmt.Errorf("connect to %v: the pod has left", t.Address)
+	}
+	if _, err := p.cfg.Identity.Certificate(ctx, q.id); err != nil {
+		return nil, err
+	}
+	return q.dialOut(ctx, t.Address)
+}
+
+// tunnelTLS returns the TLS configuration for the pool. The certificate is that
+// of the owner of the target, whatever the target says.
+func (p *Proxy) tunnelTLS(t hbone.Target) (*tls.Config, error) {
+	p.mu.Lock()
+	q := p.owners[t.Owner]
+	p.mu.Unlock()
+	if q == nil || q.id != t.Source {
+		return nil, fmt.Errorf("tunnel to %v: the pod has left", t.Address)
+	}
+	return identity.ClientTLS(p.cfg.Identity.Only(q.id), p.cfg.Roots, t.Peers), nil
+}
+
+// podAt returns the pod that is served here and has address a, or nil.
+func (p *Proxy) podAt(a netip.Addr) *pod {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, q := range p.pods {
+		for _, b := range q.info.Load().Addresses {
+			if a == b {
+				return q
+			}
+		}
+	}
+	return nil
+}
+
+// countBytes keeps the byte metrics of long connections current.
+func (p *Proxy) countBytes(ctx context.Context) error {
+	tick := time.NewTicker(countPause)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		for _, f := range p.flows.all() {
+			p.telemetry.progress(f)
+		}
+	}
+}

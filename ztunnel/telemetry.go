@@ -1,0 +1,178 @@
+package ztunnel
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/weft-mesh/weft/mesh"
+)
+
+// The response flags of a connection.
+const (
+	flagNone    = "-"
+	flagDeny    = "DENY"    // by policy
+	flagConnect = "CONNECT" // the upstream could not be reached
+)
+
+// labelNames are the labels of every metric of a connection, in the order of
+// labels.
+func labelNames() []string {
+	return []string{
+		"reporter",
+		"source_workload", "source_canonical_service", "source_canonical_revision", "source_workload_namespace",
+		"source_principal", "source_app", "source_version", "source_cluster",
+		"destination_service", "destination_service_namespace", "destination_service_name",
+		"destination_workload", "destination_canonical_service", "destination_canonical_revision", "destination_workload_namespace",
+		"destination_principal", "destination_app", "destination_version", "destination_cluster",
+		"request_protocol", "response_flags", "connection_security_policy",
+	}
+}
+
+// labels are comparable, so that the metrics of a tuple are looked up once.
+type labels [23]string
+
+const (
+	flagLabel = 21 // the place of response_flags
+	unknown   = "unknown"
+)
+
+// labelsOf returns the labels of f, without a response flag.
+func labelsOf(f *flow) labels {
+	l := labels{0: "source", 20: "tcp", flagLabel: flagNone, 22: unknown}
+	if f.direction == inbound {
+		l[0] = "destination"
+	}
+	if f.mutualTLS {
+		l[22] = "mutual_tls"
+	}
+	workloadLabels(l[1:9], f.source, f.sourceID)
+	if s := f.service; s != nil {
+		l[9], l[10], l[11] = string(s.Name.Host), s.Name.Namespace, s.ShortName
+	}
+	destination := f.destinationID
+	if destination.IsZero() && f.destination != nil {
+		destination = f.destination.Identity
+	}
+	workloadLabels(l[12:20], f.destination, destination)
+	for i := range l {
+		if l[i] == "" {
+			l[i] = unknown
+		}
+	}
+	return l
+}
+
+// workloadLabels fills the eight labels of one end.
+func workloadLabels(l []string, w *mesh.Workload, id mesh.Identity) {
+	l[4] = id.String()
+	if w == nil {
+		l[3] = id.Namespace
+		return
+	}
+	owner := w.Owner.Name
+	if owner == "" {
+		owner = w.Name.Name
+	}
+	l[0], l[1], l[2], l[3] = owner, w.CanonicalName, w.CanonicalRevision, w.Name.Namespace
+	l[5], l[6], l[7] = w.CanonicalName, w.CanonicalRevision, w.Cluster
+}
+
+// counters are the metrics of one tuple of labels.
+type counters struct {
+	labels                 labels
+	opened, sent, received prometheus.Counter
+}
+
+// telemetry counts connections.
+type telemetry struct {
+	opened, closed, sent, received *prometheus.CounterVec
+	pods                           prometheus.Gauge
+	log                            *accessLog
+
+	mu    sync.Mutex
+	cache map[labels]*counters
+}
+
+func newTelemetry(reg prometheus.Registerer, log *accessLog) *telemetry {
+	vec := func(name, help string) *prometheus.CounterVec {
+		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, labelNames())
+	}
+	t := &telemetry{
+		opened: vec("istio_tcp_connections_opened_total", "The number of TCP connections opened."),
+		closed: vec("istio_tcp_connections_closed_total", "The number of TCP connections closed."),
+		// Both reporters count as the server sees it, as dashboards expect.
+		sent:     vec("istio_tcp_sent_bytes_total", "The number of bytes that servers sent to clients."),
+		received: vec("istio_tcp_received_bytes_total", "The number of bytes that servers received from clients."),
+		pods: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "workload_manager_active_proxy_count", Help: "The number of pods that this proxy serves.",
+		}),
+		log:   log,
+		cache: make(map[labels]*counters),
+	}
+	if reg != nil {
+		reg.MustRegister(t.opened, t.closed, t.sent, t.received, t.pods)
+	}
+	return t
+}
+
+// begin counts f as opened. Set what is known of f before.
+func (t *telemetry) begin(f *flow) {
+	l := labelsOf(f)
+	t.mu.Lock()
+	c := t.cache[l]
+	if c == nil {
+		c = &counters{
+			labels:   l,
+			opened:   t.opened.WithLabelValues(l[:]...),
+			sent:     t.sent.WithLabelValues(l[:]...),
+			received: t.received.WithLabelValues(l[:]...),
+		}
+		t.cache[l] = c
+	}
+	t.mu.Unlock()
+	f.counters = c
+	c.opened.Inc()
+}
+
+// progress counts the bytes of f since the last call.
+func (t *telemetry) progress(f *flow) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	sent, received := f.stats.Sent.Load(), f.stats.Received.Load()
+	f.counters.received.Add(float64(sent - f.reported.sent))
+	f.counters.sent.Add(float64(received - f.reported.received))
+	f.reported.sent, f.reported.received = sent, received
+}
+
+// end counts f as closed and logs it.
+func (t *telemetry) end(f *flow, err error) {
+	l := f.counters.labels // as it was opened
+	l[flagLabel] = flagOf(err)
+	t.closed.WithLabelValues(l[:]...).Inc()
+	t.log.write(f, err)
+}
+
+// A flowError says at which step a connection failed.
+type flowError struct {
+	flag string
+	err  error
+}
+
+func (e *flowError) Error() string { return e.err.Error() }
+func (e *flowError) Unwrap() error { return e.err }
+
+func denyf(format string, args ...any) error {
+	return &flowError{flagDeny, fmt.Errorf(format, args...)}
+}
+
+func connectError(err error) error { return &flowError{flagConnect, err} }
+
+func flagOf(err error) string {
+	if e, ok := errors.AsType[*flowError](err); ok {
+		return e.flag
+	}
+	return flagNone
+}
