@@ -262,7 +262,7 @@ func TestSignLifetimes(t *testing.T) {
 				t.Fatal(err)
 			}
 			c := parseChain(t, chain)[0]
-			if got := c.NotAfter.Sub(time.Now()); got != tt.want {
+			if got := time.Until(c.NotAfter); got != tt.want {
 				t.Errorf("%s: lives for %v, want %v", tt.name, got, tt.want)
 			}
 			if got := time.Since(c.NotBefore); got != 2*time.Minute {
