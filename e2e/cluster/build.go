@@ -109,6 +109,8 @@ func (s source) build(ctx context.Context, dir string, p *progress) (string, err
 	cmd := exec.CommandContext(ctx, "go", "build", "-v", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w "+s.ldflags, "-o", next, s.pkg)
 	cmd.Dir = s.module
 	cmd.Env = buildEnv()
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) } // go then stops its compilers
+	cmd.WaitDelay = 10 * time.Second
 	if err := runBuild(cmd, p); err != nil {
 		return "", err
 	}

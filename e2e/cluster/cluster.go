@@ -173,8 +173,8 @@ func (u *upper) up(ctx context.Context) error {
 		return err
 	}
 	c := u.cluster
-	// A cluster that runs keeps the Kubernetes it has.
-	if c.record.Programs == (programs{}) {
+	// A cluster that runs keeps the Kubernetes it has, if that is still there.
+	if _, err := os.Stat(c.record.Programs.Hyper); err != nil || !c.runs() {
 		c.record.Programs = pr
 	}
 	c.record.Programs.TestApp, c.record.Programs.Images = pr.TestApp, pr.Images
@@ -255,6 +255,9 @@ func (u *upper) open(ctx context.Context) error {
 	} else if !errors.Is(err, ErrNone) {
 		return err
 	}
+	if err := unused(u.options.State); err != nil {
+		return err
+	}
 	r, err := newRecord(u.options.ID, u.options.Repo)
 	if err != nil {
 		return err
@@ -264,6 +267,21 @@ func (u *upper) open(ctx context.Context) error {
 	}
 	u.cluster, err = find(u.options.State)
 	return err
+}
+
+// runs reports whether any process of the cluster runs.
+func (c *Cluster) runs() bool {
+	for n := 1; n <= nodes; n++ {
+		if c.process(NodeName(n)).Running() {
+			return true
+		}
+	}
+	for _, name := range controlProcesses() {
+		if c.process(name).Running() {
+			return true
+		}
+	}
+	return false
 }
 
 // images makes the cluster's own images, and loads them into nodes that run
@@ -291,16 +309,18 @@ func (c *Cluster) Down(ctx context.Context) error {
 	defer unlock()
 	// It may have been removed, and made anew, while we waited.
 	now, err := find(c.State)
-	if errors.Is(err, ErrNone) {
-		return os.RemoveAll(c.State)
-	}
-	if err != nil {
+	if err != nil && !errors.Is(err, ErrNone) {
 		return err
 	}
-	if err := now.remove(ctx); err != nil {
+	if err == nil {
+		if err := now.remove(ctx); err != nil {
+			return err
+		}
+	}
+	if err := os.Remove(filepath.Join(c.State, lockFile)); err != nil {
 		return err
 	}
-	return os.RemoveAll(c.State)
+	return os.Remove(c.State)
 }
 
 // remove removes all but the lock file.
@@ -327,7 +347,7 @@ func (c *Cluster) remove(ctx context.Context) error {
 	}
 	for _, e := range entries {
 		// The record goes last: until then a second try knows what to do.
-		if e.Name() == "lock" || e.Name() == recordFile {
+		if e.Name() == lockFile || e.Name() == recordFile {
 			continue
 		}
 		if err := os.RemoveAll(filepath.Join(c.State, e.Name())); err != nil {

@@ -14,7 +14,6 @@ type progress struct {
 	total  int
 	done   int
 	broken bool // the step's line has been interrupted by notes
-	start  time.Time
 }
 
 // step runs f as the next step.

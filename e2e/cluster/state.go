@@ -35,7 +35,24 @@ type record struct {
 
 func (r record) name() string { return "weft-" + r.ID + "-" + r.Token }
 
-const recordFile = "cluster.json"
+const (
+	recordFile = "cluster.json"
+	lockFile   = "lock"
+)
+
+// unused makes sure that a directory holds nothing that Down would take along.
+func unused(state string) error {
+	entries, err := os.ReadDir(state)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.Name() != lockFile && e.Name() != recordFile+".next" {
+			return fmt.Errorf("%s holds %s, which is not of a cluster: name an empty directory for the state", state, e.Name())
+		}
+	}
+	return nil
+}
 
 // readRecord reads the record in a state directory; fs.ErrNotExist means there
 // is no cluster.
@@ -82,7 +99,7 @@ func bootID() (string, error) {
 // lock takes the state directory for one up or down at a time and returns how
 // to give it back. While another process has it, lock says so once and waits.
 func lock(ctx context.Context, state string, waiting func()) (func(), error) {
-	path := filepath.Join(state, "lock")
+	path := filepath.Join(state, lockFile)
 	for {
 		if err := os.MkdirAll(state, 0o755); err != nil {
 			return nil, err
