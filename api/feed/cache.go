@@ -17,11 +17,11 @@ import (
 )
 
 // A cache is what a Client has received, by resource name. One goroutine owns
-// it.
+// it; the objects in it are shared with Views and never change.
 type cache struct {
-	workloads map[string]mesh.Workload
-	services  map[string]mesh.Service
-	policies  map[string]mesh.Policy
+	workloads map[string]*mesh.Workload
+	services  map[string]*mesh.Service
+	policies  map[string]*mesh.Policy
 	versions  map[string]map[string]string // by type and name: what was accepted
 	answered  map[string]bool              // by type: there has been a response
 	views     uint64                       // how many were made
@@ -30,9 +30,9 @@ type cache struct {
 
 func newCache() *cache {
 	return &cache{
-		workloads: map[string]mesh.Workload{},
-		services:  map[string]mesh.Service{},
-		policies:  map[string]mesh.Policy{},
+		workloads: map[string]*mesh.Workload{},
+		services:  map[string]*mesh.Service{},
+		policies:  map[string]*mesh.Policy{},
 		versions:  map[string]map[string]string{TypeAddress: {}, TypeAuthorization: {}},
 		answered:  map[string]bool{},
 	}
@@ -45,10 +45,12 @@ func (c *cache) complete() bool { return c.answered[TypeAddress] && c.answered[T
 // view makes the View of what is here now.
 func (c *cache) view() *view.View {
 	c.views++
-	return view.New(strconv.FormatUint(c.views, 10),
-		slices.Collect(maps.Values(c.workloads)),
-		slices.Collect(maps.Values(c.services)),
-		slices.Collect(maps.Values(c.policies)))
+	return view.Of(strconv.FormatUint(c.views, 10),
+		values(c.workloads), values(c.services), values(c.policies))
+}
+
+func values[T any](m map[string]*T) []*T {
+	return slices.AppendSeq(make([]*T, 0, len(m)), maps.Values(m))
 }
 
 // apply takes in a response. Resources that cannot be read are refused by the
@@ -113,7 +115,7 @@ func (c *cache) setAddress(name string, b []byte) error {
 		if _, known := c.workloads[name]; err != nil && (known || string(w.UID) != name) {
 			return err
 		}
-		c.workloads[name] = w
+		c.workloads[name] = &w
 		delete(c.services, name)
 		if err == nil {
 			c.doubt(w.Validate())
@@ -127,7 +129,7 @@ func (c *cache) setAddress(name string, b []byte) error {
 		if _, known := c.services[name]; err != nil && (known || s.Name.String() != name) {
 			return err
 		}
-		c.services[name] = s
+		c.services[name] = &s
 		delete(c.workloads, name)
 		if err == nil {
 			c.doubt(s.Validate())
@@ -152,7 +154,7 @@ func (c *cache) setPolicy(name string, b []byte) error {
 		c.standIn(TypeAuthorization, name)
 		return err
 	}
-	c.policies[name] = p
+	c.policies[name] = &p
 	c.doubt(p.Validate())
 	return nil
 }
@@ -175,5 +177,5 @@ func (c *cache) standIn(url, name string) {
 		ns, _, _ := strings.Cut(name, "/")
 		n = mesh.Name{Namespace: ns, Name: name}
 	}
-	c.policies[name] = mesh.Policy{Name: n, Scope: mesh.ScopeNamespace}
+	c.policies[name] = &mesh.Policy{Name: n, Scope: mesh.ScopeNamespace}
 }

@@ -194,7 +194,7 @@ func TestResourcesThatAreNotWhatTheyAreCalled(t *testing.T) {
 			if err := c.apply(&discovery.DeltaDiscoveryResponse{TypeUrl: x.url, Resources: []*discovery.Resource{x.res}}); err == nil {
 				t.Error("no error")
 			}
-			if len(c.workloads) != 0 || len(c.services) != 0 || c.policies["shop/x"].Name.Name != "" {
+			if len(c.workloads) != 0 || len(c.services) != 0 || c.policies["shop/x"] != nil {
 				t.Error("it was taken all the same")
 			}
 		})
@@ -213,7 +213,7 @@ func TestWorkloadStandIn(t *testing.T) {
 	if err := c.apply(r); err == nil {
 		t.Fatal("no error")
 	}
-	refuses(t, c.workloads[m.Uid])
+	refuses(t, *c.workloads[m.Uid])
 	c = newCache()
 	c.setAddress(m.Uid, must(encodeWorkload(pod(1))).message.Resource.Value)
 	if err := c.apply(r); err == nil || c.workloads[m.Uid].Transport != mesh.HBONE {

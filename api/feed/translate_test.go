@@ -457,7 +457,7 @@ func FuzzAuthorization(f *testing.F) {
 		err := c.setPolicy("shop/p", b)
 		got := c.policies["shop/p"]
 		if err != nil {
-			if authz.Decide([]*mesh.Policy{&got}, nil, facts).Allowed {
+			if authz.Decide([]*mesh.Policy{got}, nil, facts).Allowed {
 				t.Fatal("what could not be read allows")
 			}
 			return
@@ -466,8 +466,8 @@ func FuzzAuthorization(f *testing.F) {
 		if err := proto.Unmarshal(b, &m); err != nil {
 			t.Fatal(err)
 		}
-		before := authz.Decide([]*mesh.Policy{&got}, nil, facts)
-		again := policyTrip(t, got)
+		before := authz.Decide([]*mesh.Policy{got}, nil, facts)
+		again := policyTrip(t, *got)
 		if after := authz.Decide([]*mesh.Policy{&again}, nil, facts); after.Allowed != before.Allowed {
 			t.Fatalf("%v before and %v after another trip", before, after)
 		}

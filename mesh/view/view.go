@@ -48,6 +48,21 @@ type Endpoint struct {
 // the same key the last one counts. An empty version makes a View that is not
 // synced.
 func New(version string, ws []mesh.Workload, ss []mesh.Service, ps []mesh.Policy) *View {
+	return Of(version, pointers(ws), pointers(ss), pointers(ps))
+}
+
+// pointers returns a pointer to each element of list.
+func pointers[T any](list []T) []*T {
+	ps := make([]*T, len(list))
+	for i := range list {
+		ps[i] = &list[i]
+	}
+	return ps
+}
+
+// Of is New for objects that several Views share: who makes a View after each
+// change need not copy what did not change. Nobody may change them any more.
+func Of(version string, ws []*mesh.Workload, ss []*mesh.Service, ps []*mesh.Policy) *View {
 	v := &View{version: version}
 	v.byUID = byKey(ws, func(w *mesh.Workload) mesh.UID { return w.UID })
 	v.byService = byKey(ss, func(s *mesh.Service) mesh.ServiceName { return s.Name })
@@ -62,10 +77,10 @@ func New(version string, ws []mesh.Workload, ss []mesh.Service, ps []mesh.Policy
 }
 
 // byKey maps each key to the last element of list that has it.
-func byKey[K comparable, T any](list []T, key func(*T) K) map[K]*T {
+func byKey[K comparable, T any](list []*T, key func(*T) K) map[K]*T {
 	m := make(map[K]*T, len(list))
-	for i := range list {
-		m[key(&list[i])] = &list[i]
+	for _, t := range list {
+		m[key(t)] = t
 	}
 	return m
 }
