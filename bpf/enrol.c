@@ -18,28 +18,31 @@ char LICENSE[] SEC("license") = "GPL";
 #define REPORT_PENDING "p" /* look again: its handshake with the app is not over */
 #define REPORT_FAILED "f"
 
-// Not 0 in the passes before the routing rules: a socket that is connecting
-// then does so over the wire. Later nobody can know, and it is left to be
-// captured with its next SYN.
-volatile __u32 keep_connecting = 0;
-
 static __always_inline void report(struct bpf_iter__tcp *ctx, const char *what)
 {
 	bpf_seq_write(ctx->meta->seq, what, 1);
 }
 
-// received_on is the interface of the last packet that set the socket's
-// receive route, 0 if none came yet: lo for a captured connection.
-static __always_inline int received_on(void *sk)
+// over_lo: is the connection, or the attempt, captured or the pod's with
+// itself? The interface of the last packet tells. There is none on record
+// while the socket is connecting, and often after it: a peer on the same
+// machine answers so fast that the socket is still locked by connect(2), and
+// packets that wait for the lock are not recorded. Then the MSS tells that was
+// announced in the SYN and never changes: lo has an MTU of 65536. An interface
+// with one of the same size is not told from lo, in this short moment.
+static __always_inline int over_lo(struct tcp_sock *tp)
 {
-	struct sock *s = sk;
-	struct inet_sock___old *old = sk;
+	struct inet_sock___old *old = (void *)tp;
+	struct sock *sk = (void *)tp;
+	int received_on = 0;
 
-	if (bpf_core_field_exists(s->sk_rx_dst_ifindex))
-		return s->sk_rx_dst_ifindex;
-	if (bpf_core_field_exists(old->rx_dst_ifindex))
-		return old->rx_dst_ifindex;
-	return 0;
+	if (bpf_core_field_exists(sk->sk_rx_dst_ifindex))
+		received_on = sk->sk_rx_dst_ifindex;
+	else if (bpf_core_field_exists(old->rx_dst_ifindex))
+		received_on = old->rx_dst_ifindex;
+	if (received_on)
+		return received_on == LOOPBACK_IFINDEX;
+	return tp->advmss > 32767;
 }
 
 static __always_inline void flow_of(struct sock_common *skc, struct flow *f)
@@ -102,13 +105,11 @@ int keep(struct bpf_iter__tcp *ctx)
 	if (!is_connection(skc))
 		return 0;
 	tp = bpf_skc_to_tcp_sock(skc);
-	if (!tp || received_on(tp) == LOOPBACK_IFINDEX)
-		return 0; /* to itself, or captured already */
+	if (!tp || over_lo(tp))
+		return 0;
 	if (bpf_sk_storage_get(&blessed, tp, 0, 0))
 		return 0; /* the proxy's */
 	k.syn_ok = skc->skc_state == BPF_TCP_SYN_SENT;
-	if (k.syn_ok && !keep_connecting)
-		return 0;
 	flow_of(skc, &k.flow);
 	have = bpf_sk_storage_get(&kept, tp, &k, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	if (!have || set_mark(tp, MARK_PROXY)) {
@@ -153,7 +154,7 @@ int drain(struct bpf_iter__tcp *ctx)
 		report(ctx, REPORT_DONE);
 		return 0;
 	}
-	if (mark == MARK_PROXY || received_on(tp) != LOOPBACK_IFINDEX)
+	if (mark == MARK_PROXY || !over_lo(tp))
 		return 0;
 	flow_of(skc, &f);
 	if (to_itself(&f))
@@ -174,7 +175,7 @@ int destroy(struct bpf_iter__tcp *ctx)
 	if (!skc || !is_connection(skc))
 		return 0;
 	tp = bpf_skc_to_tcp_sock(skc);
-	if (!tp || received_on(tp) == LOOPBACK_IFINDEX)
+	if (!tp || over_lo(tp))
 		return 0;
 	if (bpf_sk_storage_get(&blessed, tp, 0, 0))
 		return 0;

@@ -87,7 +87,6 @@ const (
 	EnrolProgHoldWire       = "hold_wire"
 	EnrolProgInboundLenient = "inbound_lenient"
 	EnrolProgKeep           = "keep"
-	EnrolVarKeepConnecting  = "keep_connecting"
 	EnrolVarPodIp4          = "pod_ip4"
 	EnrolVarPodIp6          = "pod_ip6"
 	EnrolVarPodNsid         = "pod_nsid"
@@ -159,11 +158,10 @@ type EnrolMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type EnrolVariableSpecs struct {
-	KeepConnecting *ebpf.VariableSpec `ebpf:"keep_connecting"`
-	PodIp4         *ebpf.VariableSpec `ebpf:"pod_ip4"`
-	PodIp6         *ebpf.VariableSpec `ebpf:"pod_ip6"`
-	PodNsid        *ebpf.VariableSpec `ebpf:"pod_nsid"`
-	PodVeth        *ebpf.VariableSpec `ebpf:"pod_veth"`
+	PodIp4  *ebpf.VariableSpec `ebpf:"pod_ip4"`
+	PodIp6  *ebpf.VariableSpec `ebpf:"pod_ip6"`
+	PodNsid *ebpf.VariableSpec `ebpf:"pod_nsid"`
+	PodVeth *ebpf.VariableSpec `ebpf:"pod_veth"`
 }
 
 // EnrolObjects contains all objects after they have been loaded into the kernel.
@@ -207,11 +205,10 @@ func (m *EnrolMaps) Close() error {
 //
 // It can be passed to LoadEnrolObjects or ebpf.CollectionSpec.LoadAndAssign.
 type EnrolVariables struct {
-	KeepConnecting *ebpf.Variable `ebpf:"keep_connecting"`
-	PodIp4         *ebpf.Variable `ebpf:"pod_ip4"`
-	PodIp6         *ebpf.Variable `ebpf:"pod_ip6"`
-	PodNsid        *ebpf.Variable `ebpf:"pod_nsid"`
-	PodVeth        *ebpf.Variable `ebpf:"pod_veth"`
+	PodIp4  *ebpf.Variable `ebpf:"pod_ip4"`
+	PodIp6  *ebpf.Variable `ebpf:"pod_ip6"`
+	PodNsid *ebpf.Variable `ebpf:"pod_nsid"`
+	PodVeth *ebpf.Variable `ebpf:"pod_veth"`
 }
 
 // EnrolPrograms contains all programs after they have been loaded into the kernel.

@@ -30,7 +30,11 @@ struct sock {
 	__u32 sk_mark;
 };
 
-/* Where the field was before 5.17. */
+struct tcp_sock {
+	__u16 advmss;
+};
+
+/* Where sk_rx_dst_ifindex was before 5.17. */
 struct inet_sock___old {
 	int rx_dst_ifindex;
 };

@@ -120,9 +120,6 @@ func (p *Pod) attachRunning(ctx context.Context, existing Existing) error {
 	}
 	defer release()
 	if existing == Keep {
-		if err := enrol.keepConnecting(true); err != nil {
-			return err
-		}
 		if _, err := enrol.walk(bpf.EnrolProgKeep); err != nil {
 			return err
 		}

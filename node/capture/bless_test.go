@@ -26,3 +26,12 @@ func bless(mapFD, socket int) error {
 	}
 	return nil
 }
+
+// connectRaw is connect(2) with an address that package unix does not know.
+func connectRaw(fd int, to *unix.RawSockaddr) error {
+	_, _, errno := unix.Syscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(to)), unsafe.Sizeof(*to))
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}

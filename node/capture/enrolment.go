@@ -36,18 +36,6 @@ func (e *enrolment) close() { e.coll.Close() }
 
 func (e *enrolment) program(name string) *ebpf.Program { return e.coll.Programs[name] }
 
-// keepConnecting says whether a socket that is connecting does so over the wire.
-func (e *enrolment) keepConnecting(yes bool) error {
-	var v uint32
-	if yes {
-		v = 1
-	}
-	if err := e.coll.Variables[bpf.EnrolVarKeepConnecting].Set(v); err != nil {
-		return fmt.Errorf("set up the socket iterator: %w", err)
-	}
-	return nil
-}
-
 // holdLo attaches hold_lo until release is called. It is not pinned: if the
 // agent dies meanwhile, it goes too.
 func (e *enrolment) holdLo() (release func(), err error) {
@@ -127,9 +115,6 @@ const (
 // long, for the handshakes that peers have begun with the app: their
 // connections can be kept when they exist.
 func (e *enrolment) keepPending(ctx context.Context) error {
-	if err := e.keepConnecting(false); err != nil {
-		return err
-	}
 	late := time.NewTimer(pendingWait)
 	defer late.Stop()
 	pause := time.NewTicker(pendingPause)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"sync"
@@ -86,14 +85,14 @@ func (p *Pod) prepare(ctx context.Context, t Target, held *Listeners) (err error
 		return err
 	}
 	fresh, err := p.openMaps()
-	if err != nil {
-		return err
-	}
 	defer func() {
 		if err != nil && fresh {
 			os.RemoveAll(p.dir) // nothing was attached: leave no trace
 		}
 	}()
+	if err != nil {
+		return err
+	}
 	if p.programs, err = p.load(p.c.spec); err != nil {
 		return err
 	}
@@ -118,25 +117,39 @@ func dupNS(f *os.File) (*netns.NS, error) {
 }
 
 // openMaps opens the pod's pinned maps and makes those that are missing. fresh
-// says that the pod had no pins.
+// says that nothing was pinned for this sandbox of the pod.
+//
+// A pod whose sandbox is made anew keeps its UID and gets another namespace.
+// What was pinned for the old one is removed: an interface's index alone would
+// not tell the two apart.
 func (p *Pod) openMaps() (fresh bool, err error) {
-	switch err := os.Mkdir(p.dir, 0o700); {
-	case err == nil:
+	cookie, err := netnsCookie(p.ns)
+	if err != nil {
+		return false, err
+	}
+	sandbox := filepath.Join(p.dir, fmt.Sprintf("netns_%d", cookie))
+	if !exists(sandbox) {
 		fresh = true
-	case !errors.Is(err, fs.ErrExist):
-		return false, fmt.Errorf("make the directory of pins: %w", err)
+		if err := os.RemoveAll(p.dir); err != nil {
+			return false, fmt.Errorf("remove the pins of an earlier sandbox: %w", err)
+		}
+		if err := os.MkdirAll(sandbox, 0o700); err != nil {
+			return false, fmt.Errorf("make the directory of pins: %w", err)
+		}
 	}
 	for _, name := range podMaps() {
 		m, err := loadOrCreate(filepath.Join(p.dir, name), p.c.spec.Maps[name])
 		if err != nil {
-			if fresh {
-				os.RemoveAll(p.dir)
-			}
 			return fresh, err
 		}
 		p.maps[name] = m
 	}
 	return fresh, nil
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
 }
 
 // load puts the programs of spec into the kernel, with the pod's maps and
