@@ -78,7 +78,7 @@ func (c *Cluster) makeCgroups(part string, in []nodespec.Hierarchy) ([]nodespec.
 		top := filepath.Join(h.Dir, c.record.name())
 		out[i].Dir = filepath.Join(top, part)
 		if h.Options == "" {
-			handDown(h.Dir) // the machine's own choice if it refuses
+			handDown(h.Dir)
 		}
 		if err := os.MkdirAll(out[i].Dir, 0o755); err != nil {
 			return nil, fmt.Errorf("make cgroup: %w", err)
@@ -98,11 +98,14 @@ func (c *Cluster) makeCgroups(part string, in []nodespec.Hierarchy) ([]nodespec.
 	return out, nil
 }
 
-// handDown enables the controllers of a version 2 group for its children as
-// far as they can be.
+// handDown enables for the children of a version 2 group the controllers that
+// a kubelet uses, as far as they can be. On the machine's top group this adds
+// what systemd or a container engine has most often added before, and it stays.
 func handDown(dir string) {
 	for _, name := range controllers(dir) {
-		os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+"+name), 0)
+		if slices.Contains([]string{"cpu", "cpuset", "io", "memory", "pids"}, name) {
+			os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+"+name), 0)
+		}
 	}
 }
 
