@@ -1,0 +1,180 @@
+package main
+
+import (
+	"bytes"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+)
+
+func TestCommandLine(t *testing.T) {
+	nowhere := filepath.Join(t.TempDir(), "none")
+	t.Setenv("KUBECONFIG", nowhere)
+	rows := []struct {
+		name string
+		args []string
+		code int
+		want string // in what is printed
+	}{
+		{"help names the commands", []string{"--help"}, 0, "uninstall"},
+		{"version of the command alone", []string{"version", "--client", "-o", "json"}, 0, `"client": "dev"`},
+		{"unknown output", []string{"version", "--client", "-o", "xml"}, 1, "want json or yaml"},
+		{"unknown command", []string{"instal"}, 1, "unknown command"},
+		{"no kubeconfig", []string{"status"}, 1, "--kubeconfig"},
+		{"no registry", []string{"install", "--dry-run"}, 1, "image.registry is not set"},
+		{"a value that is not one of the allowed", []string{"install", "--dry-run", "--image-registry", "r", "--set", "ztunnel.sameNode=teleport"}, 1, "'tunnel', 'direct'"},
+		{"a value that does not exist", []string{"install", "--dry-run", "--image-registry", "r", "--set", "ztunel.sameNode=direct"}, 1, "ztunel"},
+		{"a set without a value", []string{"install", "--dry-run", "--image-registry", "r", "--set", "x"}, 1, "want key=value"},
+		{"a values file that is not there", []string{"install", "--dry-run", "-f", "no/such.yaml"}, 1, "no/such.yaml"},
+		{"dry run prints objects", []string{"install", "--dry-run", "--image-registry", "reg.example/weft", "--image-tag", "v9"}, 0, "image: reg.example/weft/ztunnel:v9"},
+		{"completion", []string{"completion", "bash"}, 0, "weft"},
+	}
+	for _, r := range rows {
+		t.Run(r.name, func(t *testing.T) {
+			var out bytes.Buffer
+			code := run(t.Context(), r.args, &out, &out)
+			if code != r.code || !strings.Contains(out.String(), r.want) {
+				t.Errorf("code %d, want %d, and %q in:\n%s", code, r.code, r.want, out.String())
+			}
+		})
+	}
+}
+
+func rendered(t *testing.T, sets ...string) rendering {
+	t.Helper()
+	r, err := render("weft-system", "v1.36.3", settings{registry: "r", sets: sets})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// No container may have more rights than it needs, whatever values are set.
+func TestLeastPrivilege(t *testing.T) {
+	allowed := map[string][]string{
+		"weft-control": nil,
+		"istio-proxy":  {"NET_ADMIN", "SYS_ADMIN"},
+		"weft-node":    {"NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE"},
+	}
+	seen := map[string]bool{}
+	for _, o := range rendered(t).objects {
+		spec, ok, _ := unstructured.NestedMap(o.Object, "spec", "template", "spec")
+		if !ok {
+			continue
+		}
+		for _, key := range []string{"hostNetwork", "hostPID", "hostIPC"} {
+			if _, set := spec[key]; set {
+				t.Errorf("%s sets %s", describe(o), key)
+			}
+		}
+		containers, _, _ := unstructured.NestedSlice(spec, "containers")
+		for _, c := range containers {
+			c := c.(map[string]any)
+			name := c["name"].(string)
+			seen[name] = true
+			sc := c["securityContext"].(map[string]any)
+			if sc["privileged"] != nil || sc["readOnlyRootFilesystem"] != true || sc["allowPrivilegeEscalation"] != false {
+				t.Errorf("container %s: %v", name, sc)
+			}
+			drop, _, _ := unstructured.NestedStringSlice(sc, "capabilities", "drop")
+			add, _, _ := unstructured.NestedStringSlice(sc, "capabilities", "add")
+			slices.Sort(add)
+			if !slices.Equal(drop, []string{"ALL"}) || !slices.Equal(add, allowed[name]) {
+				t.Errorf("container %s drops %v and adds %v, want ALL and %v", name, drop, add, allowed[name])
+			}
+			ports, _, _ := unstructured.NestedSlice(c, "ports")
+			for _, p := range ports {
+				if p.(map[string]any)["hostPort"] != nil {
+					t.Errorf("container %s has a host port: two could not run beside each other in an update", name)
+				}
+			}
+		}
+	}
+	for name := range allowed {
+		if !seen[name] {
+			t.Errorf("no container %s in the chart", name)
+		}
+	}
+}
+
+// The container that parses bytes from the network gets no token for the
+// Kubernetes API.
+func TestZtunnelHasNoKubernetesToken(t *testing.T) {
+	for _, o := range rendered(t).objects {
+		if o.GetKind() != "DaemonSet" {
+			continue
+		}
+		spec, _, _ := unstructured.NestedMap(o.Object, "spec", "template", "spec")
+		if spec["automountServiceAccountToken"] != false {
+			t.Error("a token would be mounted into every container")
+		}
+		containers, _, _ := unstructured.NestedSlice(spec, "containers")
+		for _, c := range containers {
+			c := c.(map[string]any)
+			mounts, _, _ := unstructured.NestedSlice(c, "volumeMounts")
+			for _, m := range mounts {
+				if c["name"] == "istio-proxy" && m.(map[string]any)["name"] == "api-token" {
+					t.Error("istio-proxy mounts the token of the Kubernetes API")
+				}
+			}
+		}
+		return
+	}
+	t.Error("no DaemonSet in the chart")
+}
+
+// RBAC never grants everything, and Secrets only in Weft's own namespace.
+func TestNarrowRBAC(t *testing.T) {
+	for _, o := range rendered(t).objects {
+		rules, ok, _ := unstructured.NestedSlice(o.Object, "rules")
+		if !ok {
+			continue
+		}
+		for _, r := range rules {
+			r := r.(map[string]any)
+			for _, key := range []string{"apiGroups", "resources", "verbs"} {
+				values, _, _ := unstructured.NestedStringSlice(r, key)
+				if slices.Contains(values, "*") {
+					t.Errorf("%s grants every one of %s", describe(o), key)
+				}
+				if key == "resources" && o.GetKind() == "ClusterRole" && slices.Contains(values, "secrets") {
+					t.Errorf("%s grants Secrets of every namespace", describe(o))
+				}
+			}
+		}
+	}
+}
+
+func TestProblems(t *testing.T) {
+	well := status{Namespace: "weft-system", Control: controlStatus{Installed: true, Ready: 1, Wanted: 1},
+		Nodes: []nodeStatus{{Node: "a", Pod: "p", Ztunnel: true, Agent: agentStatus{Ready: true}}}}
+	rows := []struct {
+		name   string
+		change func(*status)
+		want   string // in the only problem; empty: none
+	}{
+		{"all is well", func(*status) {}, ""},
+		{"not installed", func(s *status) { s.Control.Installed = false }, "weft install"},
+		{"control is not ready", func(s *status) { s.Control.Ready = 0 }, "0 of 1 ready"},
+		{"a node without a pod", func(s *status) { s.Nodes[0].Pod = "" }, "not captured"},
+		{"ztunnel is not ready", func(s *status) { s.Nodes[0].Ztunnel = false }, "ztunnel is not ready"},
+		{"the agent says why", func(s *status) { s.Nodes[0].Agent.Problems = []string{"no BTF"} }, "node a: no BTF"},
+		{"a pod that could not be captured", func(s *status) {
+			s.Nodes[0].Agent.Failures = []agentFailure{{Pod: "shop/cart", Error: "gone"}}
+		}, "shop/cart: gone"},
+	}
+	for _, r := range rows {
+		t.Run(r.name, func(t *testing.T) {
+			s := well
+			s.Nodes = slices.Clone(well.Nodes)
+			r.change(&s)
+			got := strings.Join(s.problems(), "\n")
+			if (r.want == "") != (got == "") || !strings.Contains(got, r.want) {
+				t.Errorf("problems %q, want %q", got, r.want)
+			}
+		})
+	}
+}

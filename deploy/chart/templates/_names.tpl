@@ -1,0 +1,16 @@
+{{/* The image of one program. */}}
+{{- define "weft.image" -}}
+{{- $r := .root.Values.image -}}
+{{- if not $r.registry -}}
+{{- fail "image.registry is not set: say where the images weft-control, weft-node and ztunnel are pulled from, for example --image-registry registry.example.com/weft" -}}
+{{- end -}}
+{{ $r.registry }}/{{ .name }}:{{ $r.tag | default .root.Chart.AppVersion }}
+{{- end -}}
+
+{{/* Labels of every object; the argument has root and name. */}}
+{{- define "weft.labels" -}}
+app.kubernetes.io/name: {{ .name }}
+app.kubernetes.io/part-of: weft
+app.kubernetes.io/managed-by: {{ .root.Release.Service | lower }}
+app.kubernetes.io/version: {{ .root.Values.image.tag | default .root.Chart.AppVersion | quote }}
+{{- end -}}
