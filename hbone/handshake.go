@@ -43,15 +43,21 @@ type slotConn struct {
 }
 
 // Read gives the slot back while it waits.
-func (c *slotConn) Read(p []byte) (int, error) {
+func (c *slotConn) Read(p []byte) (int, error) { return c.without(c.Conn.Read, p) }
+
+// Write gives the slot back while it waits.
+func (c *slotConn) Write(p []byte) (int, error) { return c.without(c.Conn.Write, p) }
+
+// without calls f without the slot.
+func (c *slotConn) without(f func([]byte) (int, error), p []byte) (int, error) {
 	if c.slots == nil {
-		return c.Conn.Read(p)
+		return f(p)
 	}
 	c.slots.Release(1)
-	n, err := c.Conn.Read(p)
+	n, err := f(p)
 	if aerr := c.slots.Acquire(c.ctx, 1); aerr != nil {
 		c.slots = nil // nothing to give back
-		return 0, aerr
+		return n, aerr
 	}
 	return n, err
 }

@@ -120,7 +120,16 @@ func newHeaderWriter() *headerWriter {
 	w := &headerWriter{}
 	w.enc = hpack.NewEncoder(&w.buf)
 	w.enc.SetMaxDynamicTableSizeLimit(http2.DefaultTableLen)
+	// Until its SETTINGS have come the peer has a table of 4096 bytes
+	// (RFC 7541 4.2), but some have the size they are about to announce.
+	w.enc.SetMaxDynamicTableSize(0)
 	return w
+}
+
+// peerTable notes the size of the table that the peer has announced, or
+// DefaultTableLen if it did not.
+func (w *headerWriter) peerTable(n uint32) {
+	w.enc.SetMaxDynamicTableSize(min(n, http2.DefaultTableLen))
 }
 
 // request encodes a CONNECT. The block is valid until the next call.

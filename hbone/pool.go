@@ -116,6 +116,10 @@ var (
 	errOwnerGone  = errors.New("the pod that the tunnel was made for is gone")
 )
 
+// maxTries bounds how often one request is sent: once more for a stale tunnel,
+// and once more for a new one whose limits we have yet to learn.
+const maxTries = 3
+
 // NewPool returns a pool for cfg.
 func NewPool(cfg PoolConfig) *Pool {
 	if cfg.Log == nil {
@@ -136,15 +140,14 @@ func NewPool(cfg PoolConfig) *Pool {
 // Connect opens a connection to authority through a tunnel to t. It returns
 // when the peer has accepted. The caller owns the stream.
 //
-// The error is a *StatusError if the peer refused. A tunnel that turns out to
-// be stale is replaced once, if the peer certainly did nothing for the
-// request; nothing else is tried twice, least of all a handshake with a wrong
-// peer.
+// The error is a *StatusError if the peer refused. A request for which the peer
+// certainly did nothing, because the tunnel was stale, going away or full, is
+// tried again on another; nothing else is tried twice, least of all a handshake
+// with a wrong peer.
 func (p *Pool) Connect(ctx context.Context, t Target, authority string, h Header) (*Stream, error) {
 	k := t.key()
-	again := false
-	for {
-		l, fresh, err := p.link(ctx, k, t, again)
+	for tries := 1; ; {
+		l, fresh, err := p.link(ctx, k, t)
 		if err != nil {
 			return nil, fmt.Errorf("connect to %s through %v: %w", authority, t.Address, err)
 		}
@@ -157,8 +160,8 @@ func (p *Pool) Connect(ctx context.Context, t Target, authority string, h Header
 			continue // others filled it, or it ended, since we chose it
 		case errors.Is(err, ErrDraining):
 			err = l.cause()
-		case errors.As(err, &aborted) && aborted.refused && !fresh && !again:
-			again = true
+		case errors.As(err, &aborted) && aborted.refused && tries < maxTries:
+			tries++
 			continue
 		}
 		return nil, fmt.Errorf("connect to %s through %v: %w", authority, t.Address, err)
@@ -166,8 +169,8 @@ func (p *Pool) Connect(ctx context.Context, t Target, authority string, h Header
 }
 
 // link returns a tunnel that has room, and whether it was made while this call
-// waited. With again, it is one that was.
-func (p *Pool) link(ctx context.Context, k key, t Target, again bool) (l *link, fresh bool, err error) {
+// waited.
+func (p *Pool) link(ctx context.Context, k key, t Target) (l *link, fresh bool, err error) {
 	for {
 		p.mu.Lock()
 		if p.closed {
@@ -179,9 +182,9 @@ func (p *Pool) link(ctx context.Context, k key, t Target, again bool) (l *link, 
 			e = &entry{}
 			p.entries[k] = e
 		}
-		if l := e.withRoom(); l != nil && !again {
+		if l := e.withRoom(); l != nil {
 			p.mu.Unlock()
-			return l, false, nil
+			return l, fresh, nil
 		}
 		if e.dial == nil {
 			p.startDial(ctx, k, t, e)
@@ -193,15 +196,13 @@ func (p *Pool) link(ctx context.Context, k key, t Target, again bool) (l *link, 
 		case <-ctx.Done():
 			return nil, false, context.Cause(ctx)
 		}
-		switch {
-		case d.err != nil:
+		if d.err != nil {
 			return nil, false, d.err
-		case d.link.useless():
-			// Dialing on would go on for ever.
-			return nil, false, d.link.cause()
-		case d.link.hasRoom():
-			return d.link, true, nil
 		}
+		if d.link.useless() {
+			return nil, false, d.link.cause() // dialing on would go on for ever
+		}
+		fresh = true
 	}
 }
 

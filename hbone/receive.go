@@ -341,7 +341,7 @@ func (t *Tunnel) settings(now time.Time, f http2.Frame, ev Events) error {
 			}
 		}
 	}
-	t.header.enc.SetMaxDynamicTableSize(min(t.peer.HeaderTable, http2.DefaultTableLen))
+	t.header.peerTable(t.peer.HeaderTable)
 	t.out = http2.AppendSettingsAck(t.out)
 	ev.Writable(0)
 	return t.guard.Reply()
