@@ -1,0 +1,216 @@
+package kube
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"reflect"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/dynamic/dynamicinformer"
+	coreinformers "k8s.io/client-go/informers/core/v1"
+	discoveryinformers "k8s.io/client-go/informers/discovery/v1"
+	"k8s.io/client-go/tools/cache"
+
+	"github.com/weft-mesh/weft/control/compile"
+	"github.com/weft-mesh/weft/internal/run"
+	"github.com/weft-mesh/weft/mesh"
+)
+
+// makeInformers makes all informers and wires their events to the queue.
+func (w *Watcher) makeInformers() {
+	c := w.cfg.Client
+	w.pods = coreinformers.NewPodInformer(c, "", 0, cache.Indexers{indexRuns: runsKeys})
+	w.nodes = coreinformers.NewNodeInformer(c, 0, nil)
+	w.services = coreinformers.NewServiceInformer(c, "", 0, nil)
+	w.namespaces = coreinformers.NewNamespaceInformer(c, 0, nil)
+	// Slices derived from a selector are most of all slices and of all
+	// events, and say nothing that pods and services do not.
+	w.slices = discoveryinformers.NewFilteredEndpointSliceInformer(c, "", 0, nil, func(o *metav1.ListOptions) {
+		o.LabelSelector = discoveryv1.LabelManagedBy + "!=" + compile.ManagedBySelector
+	})
+	w.policies = w.newOptionalInformer(authorizationPolicies)
+	w.peers = w.newOptionalInformer(peerAuthentications)
+
+	world := func(any, any) { w.queue.addWorld() }
+	w.wire(w.pods, "Pod", func(before, after any) {
+		for _, o := range []any{before, after} {
+			if p, ok := o.(*corev1.Pod); ok {
+				w.queue.addPod(mesh.Name{Namespace: p.Namespace, Name: p.Name}, compile.PodAddrs(p))
+			}
+		}
+	})
+	w.wire(w.nodes, "Node", world)
+	w.wire(w.services, "Service", world)
+	w.wire(w.slices, "EndpointSlice", world)
+	w.wire(w.namespaces, "Namespace", func(any, any) {})
+	w.wire(w.policies.informer, "AuthorizationPolicy", world)
+	w.wire(w.peers.informer, "PeerAuthentication", world)
+}
+
+// wire strips inf's objects, and calls changed with the object before and
+// after every event that changed what is left of it. Either may be nil.
+func (w *Watcher) wire(inf cache.SharedIndexInformer, kind string, changed func(before, after any)) {
+	event := func(name string, before, after any) {
+		w.events.WithLabelValues(kind, name).Inc()
+		changed(before, after)
+	}
+	// The three calls fail only on an informer that has been started or
+	// stopped; this one was made a moment ago.
+	_ = inf.SetTransform(strip)
+	_ = inf.SetWatchErrorHandlerWithContext(func(_ context.Context, _ *cache.Reflector, err error) { w.outage.report(kind, err) })
+	_, _ = inf.AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc: func(o any) { event("add", nil, o) },
+		UpdateFunc: func(before, after any) {
+			if !sameButVersion(before, after) {
+				event("update", before, after)
+			}
+		},
+		DeleteFunc: func(o any) {
+			if gone, ok := o.(cache.DeletedFinalStateUnknown); ok {
+				o = gone.Obj
+			}
+			event("delete", o, nil)
+		},
+	})
+}
+
+// sameButVersion reports whether two stripped objects differ in nothing but
+// their resource version and status: the statuses are what is written here.
+// Those of pods are read here, and stay.
+func sameButVersion(a, b any) bool {
+	x, y := unversioned(a), unversioned(b)
+	return x != nil && reflect.DeepEqual(x, y)
+}
+
+// unversioned returns a copy of the object without its resource version, and
+// of a policy without its status.
+func unversioned(o any) runtime.Object {
+	obj, ok := o.(runtime.Object)
+	if !ok {
+		return nil
+	}
+	obj = obj.DeepCopyObject()
+	m, err := meta.Accessor(obj)
+	if err != nil {
+		return nil
+	}
+	m.SetResourceVersion("")
+	if u, ok := obj.(*unstructured.Unstructured); ok {
+		unstructured.RemoveNestedField(u.Object, "status")
+	}
+	return obj
+}
+
+// An optionalInformer watches a kind that may not be installed. While it is
+// not, there is nothing of that kind.
+type optionalInformer struct {
+	resource schema.GroupVersionResource
+	client   dynamic.Interface
+	log      *slog.Logger
+	outage   *outage
+	informer cache.SharedIndexInformer
+
+	mu     sync.Mutex
+	absent bool
+}
+
+func (w *Watcher) newOptionalInformer(gvr schema.GroupVersionResource) *optionalInformer {
+	return &optionalInformer{
+		resource: gvr, client: w.cfg.Dynamic, log: w.cfg.Log, outage: &w.outage,
+		informer: dynamicinformer.NewFilteredDynamicInformer(w.cfg.Dynamic, gvr, "", 0, cache.Indexers{}, nil).Informer(),
+	}
+}
+
+// run waits until the kind is installed, then runs the informer.
+func (o *optionalInformer) run(ctx context.Context) error {
+	err := run.Retry(ctx, run.Backoff{Min: time.Second, Max: 2 * time.Second}, func(ctx context.Context) error {
+		_, err := o.client.Resource(o.resource).List(ctx, metav1.ListOptions{Limit: 1})
+		missing := apierrors.IsNotFound(err)
+		if was := o.setAbsent(missing); missing && !was {
+			o.log.Warn("kind is not installed and nothing of it is enforced; install Weft's custom resource definitions to use it",
+				"resource", o.resource.GroupResource().String())
+		} else if was && err == nil {
+			o.log.Info("kind is installed now", "resource", o.resource.GroupResource().String())
+		}
+		if err != nil && !missing {
+			o.outage.report(o.resource.Resource, err)
+		}
+		return err
+	})
+	if err != nil {
+		return nil // ctx has ended
+	}
+	o.informer.RunWithContext(ctx)
+	return nil
+}
+
+// setAbsent returns what was set before.
+func (o *optionalInformer) setAbsent(absent bool) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	was := o.absent
+	o.absent = absent
+	return was
+}
+
+// known reports whether all objects of the kind are known: none, when it is
+// not installed. An API server that does not answer, or refuses, is not known.
+func (o *optionalInformer) known() bool {
+	o.mu.Lock()
+	absent := o.absent
+	o.mu.Unlock()
+	return absent || o.informer.HasSynced()
+}
+
+// An outage logs failing watches: the first of each kind at once, and then
+// now and again while they last.
+type outage struct {
+	log   *slog.Logger
+	every time.Duration
+
+	mu   sync.Mutex
+	last map[string]time.Time
+}
+
+// report logs that the watch of a kind failed with err, and what to do.
+func (o *outage) report(kind string, err error) {
+	if err == nil || errors.Is(err, io.EOF) || errors.Is(err, context.Canceled) || apierrors.IsResourceExpired(err) || apierrors.IsGone(err) {
+		return // the ordinary end of a watch; the informer starts another
+	}
+	o.mu.Lock()
+	if o.last == nil {
+		o.last = map[string]time.Time{}
+	}
+	quiet := time.Since(o.last[kind]) < o.every
+	if !quiet {
+		o.last[kind] = time.Now()
+	}
+	o.mu.Unlock()
+	if quiet {
+		return
+	}
+	o.log.Error("cannot watch the Kubernetes API; what was read last stays in force", "kind", kind, "error", err, "do", remedy(err))
+}
+
+// remedy says what the person on call can do about err.
+func remedy(err error) string {
+	switch {
+	case apierrors.IsForbidden(err):
+		return "the ClusterRole of weft-control lacks a rule: apply the chart of this version again"
+	case apierrors.IsUnauthorized(err):
+		return "the token of weft-control is expired or not accepted: check the API server's clock and the pod's projected token, then restart weft-control"
+	}
+	return "check that the API server is up and reachable from this pod; it is tried again until then"
+}

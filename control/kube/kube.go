@@ -1,0 +1,150 @@
+// Package kube is the control service's side of the Kubernetes API: it watches
+// the objects that the mesh is compiled from, keeps stripped copies of them,
+// hands what comes out of compile to a Sink, and writes back statuses and the
+// trust bundle.
+//
+// An API server that cannot be reached stops nothing: what was read last stays
+// in force, and the log says what to do.
+package kube
+
+import (
+	"context"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/cache"
+
+	"github.com/weft-mesh/weft/control/compile"
+	"github.com/weft-mesh/weft/internal/run"
+	"github.com/weft-mesh/weft/mesh"
+)
+
+// A Sink takes what the cluster compiles to. Its methods are called by one
+// goroutine, and own their arguments.
+type Sink interface {
+	// UpdateWorkloads replaces the workloads in set and removes those in del.
+	UpdateWorkloads(set []mesh.Workload, del []mesh.UID)
+	// SetServices and SetPolicies replace all of their kind.
+	SetServices([]mesh.Service)
+	SetPolicies([]mesh.Policy)
+	// SetSynced says, once, that all there was at the start has been handed
+	// over.
+	SetSynced()
+}
+
+// A WatcherConfig says what a Watcher reads and to whom it tells it.
+type WatcherConfig struct {
+	Client   kubernetes.Interface
+	Dynamic  dynamic.Interface // for the policy kinds, which are read strictly
+	Settings compile.Settings
+	Sink     Sink
+	Log      *slog.Logger
+	// Registerer takes the metrics; nil is none.
+	Registerer prometheus.Registerer
+	// Quiet is how long services, slices and policies must have been quiet
+	// before they are compiled anew, and Patience how long at most a change
+	// waits for that. Zero is 50 ms and 1 s. Pods never wait.
+	Quiet, Patience time.Duration
+}
+
+// A Watcher keeps a Sink up to date with the cluster.
+type Watcher struct {
+	cfg WatcherConfig
+
+	pods, nodes, services, slices, namespaces cache.SharedIndexInformer
+	policies, peers                           *optionalInformer
+
+	queue    queue
+	statuses board
+	synced   chan struct{}
+	outage   outage
+
+	events  *prometheus.CounterVec
+	compile prometheus.Histogram
+}
+
+// The kinds that a custom resource definition must exist for. Every served
+// version has the same shape; the API server converts.
+var (
+	authorizationPolicies = schema.GroupVersionResource{Group: "security.istio.io", Version: "v1", Resource: "authorizationpolicies"}
+	peerAuthentications   = schema.GroupVersionResource{Group: "security.istio.io", Version: "v1", Resource: "peerauthentications"}
+)
+
+// NewWatcher returns a Watcher; Run starts it.
+func NewWatcher(cfg WatcherConfig) *Watcher {
+	if cfg.Quiet <= 0 {
+		cfg.Quiet = 50 * time.Millisecond
+	}
+	if cfg.Patience <= 0 {
+		cfg.Patience = time.Second
+	}
+	factory := promauto.With(cfg.Registerer)
+	w := &Watcher{
+		cfg:    cfg,
+		queue:  newQueue(),
+		synced: make(chan struct{}),
+		outage: outage{log: cfg.Log, every: 30 * time.Second},
+		events: factory.NewCounterVec(prometheus.CounterOpts{
+			Name: "pilot_k8s_cfg_events",
+			Help: "Events from the Kubernetes API that changed something, by kind and event.",
+		}, []string{"type", "event"}),
+		compile: factory.NewHistogram(prometheus.HistogramOpts{
+			Name:    "weft_control_compile_seconds",
+			Help:    "Time to compile all services, endpoints and policies, and every pod, anew.",
+			Buckets: prometheus.ExponentialBuckets(0.001, 2, 14),
+		}),
+	}
+	w.statuses.changed = make(chan struct{})
+	w.makeInformers()
+	return w
+}
+
+// Synced is closed when the Sink has been handed all that was there at the
+// start.
+func (w *Watcher) Synced() <-chan struct{} { return w.synced }
+
+// Run watches the cluster until ctx ends. It returns only then.
+func (w *Watcher) Run(ctx context.Context) error {
+	tasks := []run.Task{w.loop}
+	for _, inf := range []cache.SharedIndexInformer{w.pods, w.nodes, w.services, w.slices, w.namespaces} {
+		tasks = append(tasks, runInformer(inf))
+	}
+	tasks = append(tasks, w.policies.run, w.peers.run)
+	return run.All(ctx, tasks...)
+}
+
+func runInformer(inf cache.SharedIndexInformer) run.Task {
+	return func(ctx context.Context) error {
+		inf.RunWithContext(ctx)
+		return nil
+	}
+}
+
+// A board holds the latest statuses for whoever writes them.
+type board struct {
+	mu      sync.Mutex
+	all     []compile.Status
+	changed chan struct{} // closed at the next set
+}
+
+func (b *board) set(all []compile.Status) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.all = all
+	close(b.changed)
+	b.changed = make(chan struct{})
+}
+
+// latest returns the statuses, and a channel that is closed when there are
+// newer ones.
+func (b *board) latest() ([]compile.Status, <-chan struct{}) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.all, b.changed
+}

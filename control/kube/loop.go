@@ -1,0 +1,291 @@
+package kube
+
+import (
+	"context"
+	"net/netip"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/client-go/tools/cache"
+
+	"github.com/weft-mesh/weft/control/compile"
+	"github.com/weft-mesh/weft/mesh"
+)
+
+// linger is how long a policy that no pod lists any more is kept with the
+// proxies. A workload that still lists a policy which is gone denies, so the
+// workloads' new lists have to arrive first.
+const linger = time.Second
+
+// A compiler is the state of the loop: what was compiled last, and what the
+// sink has been told.
+type compiler struct {
+	w         *Watcher
+	world     *compile.World
+	sent      map[mesh.UID]mesh.Workload
+	lingering time.Time // when to take back policies that are gone; zero is never
+	told      map[statusKey]string
+}
+
+type statusKey struct {
+	kind string
+	name mesh.Name
+}
+
+// loop compiles what changes and tells the sink. Pods are told at once; the
+// rest waits for a moment of quiet.
+func (w *Watcher) loop(ctx context.Context) error {
+	if !w.waitForSync(ctx) {
+		return nil
+	}
+	c := &compiler{w: w, sent: map[mesh.UID]mesh.Workload{}, told: map[statusKey]string{}}
+	w.queue.takePods()
+	w.queue.takeWorld(0, 0)
+	c.compileWorld()
+	w.cfg.Sink.SetSynced()
+	close(w.synced)
+	w.cfg.Log.Info("read the cluster", "workloads", len(c.sent), "services", len(c.world.Services), "policies", len(c.world.Policies))
+
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-w.queue.wake:
+		case <-timer.C:
+		}
+		c.compilePods(w.queue.takePods())
+		now, wait := w.queue.takeWorld(w.cfg.Quiet, w.cfg.Patience)
+		if now {
+			c.compileWorld()
+		}
+		if left := time.Until(c.lingering); !c.lingering.IsZero() && (wait == 0 || left < wait) {
+			wait = max(left, time.Millisecond)
+		}
+		c.dropLingering()
+		if wait > 0 {
+			timer.Reset(wait)
+		}
+	}
+}
+
+// waitForSync waits until every informer has listed its kind. It reports
+// false when ctx ended first.
+func (w *Watcher) waitForSync(ctx context.Context) bool {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	complain := time.NewTicker(30 * time.Second)
+	defer complain.Stop()
+	for {
+		missing := w.missing()
+		if len(missing) == 0 {
+			return true
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-complain.C:
+			w.cfg.Log.Warn("waiting for the Kubernetes API; proxies are answered once all kinds are read", "missing", strings.Join(missing, " "))
+		case <-tick.C:
+		}
+	}
+}
+
+// missing returns the kinds that have not been listed yet.
+func (w *Watcher) missing() []string {
+	var out []string
+	for _, k := range []struct {
+		kind string
+		ok   bool
+	}{
+		{"pods", w.pods.HasSynced()}, {"nodes", w.nodes.HasSynced()}, {"services", w.services.HasSynced()},
+		{"endpointslices", w.slices.HasSynced()}, {"namespaces", w.namespaces.HasSynced()},
+		{"authorizationpolicies", w.policies.known()}, {"peerauthentications", w.peers.known()},
+	} {
+		if !k.ok {
+			out = append(out, k.kind)
+		}
+	}
+	return out
+}
+
+// compilePods compiles the pods that changed.
+func (c *compiler) compilePods(pods map[mesh.Name][]netip.Addr) {
+	if len(pods) == 0 {
+		return
+	}
+	var set []mesh.Workload
+	var del []mesh.UID
+	for name, addrs := range pods {
+		if slices.ContainsFunc(addrs, c.world.Claims) {
+			c.w.queue.addWorld()
+		}
+		uid := c.w.cfg.Settings.PodUID(name)
+		wl, ok := c.pod(name)
+		old, had := c.sent[uid]
+		switch {
+		case !ok && had:
+			delete(c.sent, uid)
+			del = append(del, uid)
+		case ok && !(had && reflect.DeepEqual(old, wl)):
+			c.sent[uid] = wl
+			set = append(set, wl)
+		}
+	}
+	c.update(set, del)
+}
+
+// update tells the sink, in an order that does not depend on a map's.
+func (c *compiler) update(set []mesh.Workload, del []mesh.UID) {
+	if len(set)+len(del) == 0 {
+		return
+	}
+	slices.SortFunc(set, func(a, b mesh.Workload) int { return strings.Compare(string(a.UID), string(b.UID)) })
+	slices.Sort(del)
+	c.w.cfg.Sink.UpdateWorkloads(set, del)
+}
+
+// pod compiles the named pod as the informer has it now.
+func (c *compiler) pod(name mesh.Name) (mesh.Workload, bool) {
+	pod, ok := get[*corev1.Pod](c.w.pods, name.String())
+	if !ok {
+		return mesh.Workload{}, false
+	}
+	node, _ := get[*corev1.Node](c.w.nodes, pod.Spec.NodeName)
+	return c.world.Workload(pod, node)
+}
+
+// compileWorld compiles everything anew.
+func (c *compiler) compileWorld() {
+	began := time.Now()
+	in := c.w.inputs()
+	before := c.world
+	c.world = compile.Compile(c.w.cfg.Settings, in)
+	c.w.cfg.Sink.SetServices(c.world.Services)
+	// Policies first, so that no workload lists one that has not arrived;
+	// and those that are gone stay until the workloads' lists have arrived.
+	gone := gonePolicies(before, c.world)
+	c.w.cfg.Sink.SetPolicies(append(slices.Clip(c.world.Policies), gone...))
+	c.lingering = time.Time{}
+	if len(gone) > 0 {
+		c.lingering = time.Now().Add(linger)
+	}
+
+	next := make(map[mesh.UID]mesh.Workload, len(in.Pods)+len(c.world.Endpoints))
+	for _, p := range in.Pods {
+		node, _ := get[*corev1.Node](c.w.nodes, p.Spec.NodeName)
+		if wl, ok := c.world.Workload(p, node); ok {
+			next[wl.UID] = wl
+		}
+	}
+	for _, wl := range c.world.Endpoints {
+		next[wl.UID] = wl
+	}
+	var set []mesh.Workload
+	var del []mesh.UID
+	for uid, wl := range next {
+		if old, ok := c.sent[uid]; !ok || !reflect.DeepEqual(old, wl) {
+			set = append(set, wl)
+		}
+	}
+	for uid := range c.sent {
+		if _, ok := next[uid]; !ok {
+			del = append(del, uid)
+		}
+	}
+	c.sent = next
+	c.update(set, del)
+	c.w.statuses.set(c.world.Statuses)
+	c.tell(c.world.Statuses)
+	c.w.compile.Observe(time.Since(began).Seconds())
+}
+
+// gonePolicies returns the policies of before that pods may still list.
+func gonePolicies(before, now *compile.World) []mesh.Policy {
+	if before == nil {
+		return nil
+	}
+	var out []mesh.Policy
+	for _, p := range before.Policies {
+		_, still := slices.BinarySearchFunc(now.Policies, p, func(a, b mesh.Policy) int { return a.Name.Compare(b.Name) })
+		if !still && p.Scope == mesh.ScopeSelector {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// dropLingering takes back policies that are gone, when it is time.
+func (c *compiler) dropLingering() {
+	if c.lingering.IsZero() || time.Now().Before(c.lingering) {
+		return
+	}
+	c.lingering = time.Time{}
+	c.w.cfg.Sink.SetPolicies(c.world.Policies)
+}
+
+// tell logs objects that are not enforced as written, each once for what is
+// wrong with it.
+func (c *compiler) tell(statuses []compile.Status) {
+	told := map[statusKey]string{}
+	for _, s := range statuses {
+		key := statusKey{s.Kind, s.Name}
+		for _, cond := range s.Conditions {
+			if cond.OK {
+				continue
+			}
+			told[key] = cond.Message
+			if c.told[key] != cond.Message {
+				c.w.cfg.Log.Warn("object is not enforced as written", "kind", s.Kind, "namespace", s.Name.Namespace, "name", s.Name.Name,
+					"reason", cond.Reason, "why", cond.Message)
+			}
+		}
+	}
+	c.told = told
+}
+
+// inputs gathers what the informers hold.
+func (w *Watcher) inputs() compile.Inputs {
+	in := compile.Inputs{
+		Pods:     list[*corev1.Pod](w.pods),
+		Nodes:    list[*corev1.Node](w.nodes),
+		Services: list[*corev1.Service](w.services),
+		Slices:   list[*discoveryv1.EndpointSlice](w.slices),
+	}
+	for _, u := range list[*unstructured.Unstructured](w.policies.informer) {
+		in.AuthorizationPolicies = append(in.AuthorizationPolicies, compile.ReadAuthorizationPolicy(u))
+	}
+	for _, u := range list[*unstructured.Unstructured](w.peers.informer) {
+		in.PeerAuthentications = append(in.PeerAuthentications, compile.ReadPeerAuthentication(u))
+	}
+	return in
+}
+
+// list returns all objects of an informer, in no order.
+func list[T any](inf cache.SharedIndexInformer) []T {
+	all := inf.GetStore().List()
+	out := make([]T, 0, len(all))
+	for _, o := range all {
+		if t, ok := o.(T); ok {
+			out = append(out, t)
+		}
+	}
+	return out
+}
+
+// get returns one object of an informer by its key, "namespace/name" or
+// "name".
+func get[T any](inf cache.SharedIndexInformer, key string) (t T, ok bool) {
+	o, exists, err := inf.GetStore().GetByKey(key)
+	if err != nil || !exists {
+		return t, false
+	}
+	t, ok = o.(T)
+	return t, ok
+}
