@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -17,9 +18,12 @@ import (
 	"github.com/weft-mesh/weft/internal/netns"
 )
 
-// mark is on every packet of the proxy's own sockets that leave a pod: the
-// pod's routing rules send what lacks it to the proxy.
-const mark = 0x539
+// The marks of the proxy's own sockets inside a pod. They route, by rules that
+// the node agent made; they prove nothing.
+const (
+	wireMark  = 0x539 // leaves the pod; what lacks it is captured
+	localMark = 0x53a // stays in the pod, also while the pod leaves the mesh
+)
 
 // outlet is the way from the proxy into a pod's network namespace.
 type outlet interface {
@@ -87,7 +91,7 @@ func (q *pod) dialOut(ctx context.Context, to netip.AddrPort) (*net.TCPConn, err
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
 	c, err := q.out.Dial(ctx, "tcp", netip.AddrPort{}, to, func(fd int) error {
-		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, mark); err != nil {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, wireMark); err != nil {
 			return fmt.Errorf("mark socket: %w", err)
 		}
 		return handoff.Bless(int(q.files.Blessed.Fd()), fd)
@@ -95,38 +99,66 @@ func (q *pod) dialOut(ctx context.Context, to netip.AddrPort) (*net.TCPConn, err
 	return tuned(c, err)
 }
 
-// errPortTaken says that the kernel chose a port that cannot be used.
+// appTries bounds the ports that are tried for one connection to an
+// application.
+const appTries = 16
+
+// errPortTaken says that a port is not to be used.
 var errPortTaken = errors.New("the client has a plain connection with this port")
 
 // dialApp connects to the pod's own application in the name of client. The
-// socket is not marked: a mark would pass to the application's side of the
-// connection, and route its answers out of the pod.
+// mark passes to the application's side of the connection, so that its answers
+// come back here and not to the client itself.
 func (q *pod) dialApp(ctx context.Context, client netip.Addr, to netip.AddrPort) (*net.TCPConn, error) {
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
-	for tries := 0; ; tries++ {
+	for try := 0; ; try++ {
 		c, err := q.out.Dial(ctx, "tcp", netip.AddrPort{}, to, func(fd int) error {
-			return q.bindAs(fd, client)
+			if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, localMark); err != nil {
+				return fmt.Errorf("mark socket: %w", err)
+			}
+			return q.bindAs(fd, netip.AddrPortFrom(client, appPort(try, rand.Uint32())))
 		})
-		if !errors.Is(err, errPortTaken) || tries == 16 {
+		taken := errors.Is(err, errPortTaken) || errors.Is(err, unix.EADDRINUSE) || errors.Is(err, unix.EADDRNOTAVAIL)
+		if !taken || try == appTries {
 			return tuned(c, err)
 		}
 	}
 }
 
-// bindAs binds a socket to an address that is not ours. The port is the
-// kernel's choice at bind, so that it can be judged before the SYN.
-func (q *pod) bindAs(fd int, client netip.Addr) error {
+// appPort chooses the port for a connection in a client's name. It keeps out of
+// the range that clients take their own ports from (32768 to 60999 unless it
+// was changed): as long as ours is open, a plain connection of the client
+// with the same port to the same application could not be told from it, and
+// would hang. Above that range there are few ports, so the next tries go below
+// it, and the last ones, with 0, leave it to the kernel.
+func appPort(try int, rnd uint32) uint16 {
+	switch {
+	case try < 6:
+		return 61000 + uint16(rnd%(65536-61000))
+	case try < 12:
+		return 16384 + uint16(rnd%(32768-16384))
+	}
+	return 0
+}
+
+// bindAs binds a socket to an address that is not ours. The port is known
+// before the SYN, so that it can be judged.
+func (q *pod) bindAs(fd int, client netip.AddrPort) error {
 	var sa unix.Sockaddr
 	level, option := unix.SOL_IP, unix.IP_TRANSPARENT
-	if client.Is4() {
-		sa = &unix.SockaddrInet4{Addr: client.As4()}
+	if client.Addr().Is4() {
+		sa = &unix.SockaddrInet4{Addr: client.Addr().As4(), Port: int(client.Port())}
 	} else {
 		level, option = unix.SOL_IPV6, unix.IPV6_TRANSPARENT
-		sa = &unix.SockaddrInet6{Addr: client.As16()}
+		sa = &unix.SockaddrInet6{Addr: client.Addr().As16(), Port: int(client.Port())}
 	}
 	if err := unix.SetsockoptInt(fd, level, option, 1); err != nil {
 		return fmt.Errorf("keep the client's address: make socket transparent: %w", err)
+	}
+	// So that an application can still listen on a port that is in use here.
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+		return fmt.Errorf("keep the client's address: %w", err)
 	}
 	if err := unix.Bind(fd, sa); err != nil {
 		return fmt.Errorf("keep the client's address: bind to %v: %w", client, err)
@@ -142,7 +174,7 @@ func (q *pod) bindAs(fd int, client netip.Addr) error {
 	case *unix.SockaddrInet6:
 		port = b.Port
 	}
-	if q.plain.has(netip.AddrPortFrom(client, uint16(port))) {
+	if q.plain.has(netip.AddrPortFrom(client.Addr(), uint16(port))) {
 		return errPortTaken
 	}
 	return nil

@@ -73,7 +73,7 @@ func newPod(p *Proxy, info handoff.Pod, id mesh.Identity, owner string, f handof
 		Handle:       q.serveTunnel,
 		Log:          p.cfg.Log.With("pod", info.Name, "namespace", info.Namespace),
 		Handshakes:   p.handshakes,
-		DrainTimeout: p.cfg.LeaveTimeout, // force ends it earlier
+		DrainTimeout: p.cfg.LeaveTimeout + time.Minute, // finish ends it before
 	})
 	for _, file := range f.Listeners { // FileListener has made its own
 		if file != nil {
@@ -165,12 +165,12 @@ func (q *pod) finish(timeout time.Duration) {
 
 // force aborts every connection.
 func (q *pod) force() {
-	q.forceStop()
 	for _, f := range q.proxy.flows.all() {
 		if f.pod == q {
 			f.abort(errors.New("closed: the drain time is over"))
 		}
 	}
+	q.forceStop() // tunnels, and what has not begun yet
 }
 
 func (q *pod) closeListeners() {

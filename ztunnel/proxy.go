@@ -96,6 +96,8 @@ type Proxy struct {
 	stopped bool
 }
 
+var _ handoff.Handler = (*Proxy)(nil)
+
 // New returns a proxy that serves no pod yet.
 func New(cfg Config) *Proxy {
 	cfg.DrainTimeout = cmp.Or(cfg.DrainTimeout, 20*time.Second)

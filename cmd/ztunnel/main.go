@@ -1,0 +1,172 @@
+// Command ztunnel is the node's L4 proxy: see package ztunnel.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"os"
+	"strings"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+
+	"github.com/weft-mesh/weft/api/feed"
+	"github.com/weft-mesh/weft/identity"
+	"github.com/weft-mesh/weft/identity/issue"
+	"github.com/weft-mesh/weft/internal/handoff"
+	"github.com/weft-mesh/weft/internal/obs"
+	"github.com/weft-mesh/weft/internal/run"
+	"github.com/weft-mesh/weft/mesh/view"
+	"github.com/weft-mesh/weft/ztunnel"
+)
+
+func main() {
+	c, err := parseConfig(os.Args[1:], os.Getenv)
+	if errors.Is(err, flag.ErrHelp) {
+		return
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "ztunnel: %v\n", err)
+		os.Exit(2)
+	}
+	ctx, stop := run.UntilSignal(context.Background())
+	defer stop()
+	if err := serve(ctx, c, os.Stdout); err != nil {
+		fmt.Fprintf(os.Stderr, "ztunnel: %v\n", err)
+		os.Exit(1)
+	}
+}
+
+// serve runs a proxy until ctx ends and its connections have been drained.
+func serve(ctx context.Context, c config, out io.Writer) error {
+	ctx, stopAll := context.WithCancel(ctx)
+	defer stopAll()
+	level := new(slog.LevelVar)
+	l, err := obs.ParseLevel(c.logLevel)
+	if err != nil {
+		return err
+	}
+	level.Set(l)
+	log := obs.NewLogger(out, c.logFormat, level)
+	reg := prometheus.NewRegistry()
+	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), build())
+
+	roots := newRootsFile(c, log)
+	controlTLS := identity.ControlTLS(c.rootsFile, c.serverName())
+	issuer, err := issue.New(issue.Config{
+		Address: c.controlAddress, TLS: controlTLS, TokenFile: c.tokenFile, OnBehalf: true, Cluster: c.cluster,
+	})
+	if err != nil {
+		return err
+	}
+	defer issuer.Close()
+	manager := identity.NewManager(identity.Config{
+		Issuer: issuer, Roots: roots.Roots, TrustDomain: c.trustDomain, Log: log, Registerer: reg,
+	})
+	store := new(view.Store)
+	ip, err := netip.ParseAddr(c.podIP)
+	if err != nil {
+		return err
+	}
+	client, err := feed.NewClient(feed.ClientConfig{
+		Address: c.controlAddress, TLS: controlTLS, Token: tokenFrom(c.tokenFile), Store: store, Log: log, Registerer: reg,
+		Node: feed.NodeMeta{PodName: c.podName, Namespace: c.podNamespace, IP: ip, NodeName: c.nodeName, Cluster: c.cluster},
+	})
+	if err != nil {
+		return err
+	}
+	cfg := ztunnel.Config{
+		View: store, Identity: manager, Roots: roots.Roots, TrustDomain: c.trustDomain, Network: c.network, Cluster: c.cluster,
+		SameNode: c.sameNode, Log: log, Metrics: reg, DrainTimeout: c.drain,
+	}
+	if c.accessLog {
+		cfg.AccessLog = out
+	}
+	proxy := ztunnel.New(cfg)
+	agent := handoff.NewClient(handoff.ClientConfig{Path: c.handoffPath, Instance: c.podName, Handler: proxy, Log: log})
+	pages := pages{proxy: proxy, store: store, level: level, ready: func() error { return ready(client, agent, roots) }}
+
+	return untilDrained(ctx, stopAll, proxy.Run,
+		roots.Run, manager.Run, client.Run,
+		func(inner context.Context) error {
+			// Not while it drains: the agent is to ask another ztunnel then.
+			if err := servePods(ctx, client, agent); err != nil {
+				return err
+			}
+			<-inner.Done()
+			return nil
+		},
+		func(ctx context.Context) error { return obs.Serve(ctx, c.adminAddr, pages.admin()) },
+		func(ctx context.Context) error { return obs.Serve(ctx, c.statsAddr, stats(reg)) },
+		func(ctx context.Context) error { return obs.Serve(ctx, c.readyAddr, pages.health()) },
+	)
+}
+
+// untilDrained runs proxy until ctx ends, which stop does when another task
+// fails, and the others until proxy has drained: connections that are open
+// still need certificates and the changes of policies, and their keepers want
+// to watch.
+func untilDrained(ctx context.Context, stop func(), proxy run.Task, others ...run.Task) error {
+	tasks := []run.Task{func(context.Context) error { return proxy(ctx) }}
+	for _, task := range others {
+		tasks = append(tasks, func(inner context.Context) error {
+			defer stop() // one that fails ends the proxy in order
+			return task(inner)
+		})
+	}
+	return run.All(context.WithoutCancel(ctx), tasks...)
+}
+
+// servePods takes pods from the node agent once the View is there: until then
+// this ztunnel could only hold their connections up, and another that still
+// runs may serve them.
+func servePods(ctx context.Context, client *feed.Client, agent *handoff.Client) error {
+	select {
+	case <-client.Synced():
+	case <-ctx.Done():
+		return nil
+	}
+	return agent.Run(ctx)
+}
+
+// ready reports, as an error, why this ztunnel is not ready.
+func ready(client *feed.Client, agent *handoff.Client, roots *rootsFile) error {
+	select {
+	case <-client.Synced():
+	default:
+		return errors.New("the control service has not been reached yet")
+	}
+	select {
+	case <-agent.Synced():
+	default:
+		return errors.New("the node agent has not handed over its pods yet")
+	}
+	if !agent.Connected() {
+		return errors.New("the node agent is not connected")
+	}
+	if !roots.loaded() {
+		return errors.New("there are no roots to verify peers by")
+	}
+	return nil
+}
+
+// tokenFrom returns a function that reads the token anew, because kubelet
+// replaces it.
+func tokenFrom(path string) func() (string, error) {
+	return func() (string, error) {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return "", fmt.Errorf("read service-account token: %w", err)
+		}
+		token := strings.TrimSpace(string(b))
+		if token == "" {
+			return "", fmt.Errorf("read service-account token: %s is empty", path)
+		}
+		return token, nil
+	}
+}

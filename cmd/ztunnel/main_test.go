@@ -1,0 +1,222 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/weft-mesh/weft/internal/testca"
+)
+
+// environment is what a DaemonSet sets.
+func environment(key string) string {
+	return map[string]string{
+		"POD_NAME": "ztunnel-x", "POD_NAMESPACE": "weft-system", "INSTANCE_IP": "10.0.0.1", "NODE_NAME": "n1",
+	}[key]
+}
+
+func TestParseConfig(t *testing.T) {
+	c, err := parseConfig(nil, environment)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := c.serverName(), "weft-control.weft-system.svc"; got != want {
+		t.Errorf("server name %q, want %q", got, want)
+	}
+	if c.sameNode {
+		t.Error("the same-node short cut is on by default")
+	}
+	if c.drain != 20*time.Second || !c.accessLog {
+		t.Errorf("defaults: drain %v, access log %v", c.drain, c.accessLog)
+	}
+	c, err = parseConfig([]string{"--drain=5s", "--control-name=istiod.istio-system.svc", "--same-node"}, func(k string) string {
+		if k == "DRAIN_TIMEOUT" {
+			return "7s"
+		}
+		return environment(k)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.drain != 5*time.Second || c.serverName() != "istiod.istio-system.svc" || !c.sameNode {
+		t.Errorf("flags do not go before the environment: %+v", c)
+	}
+}
+
+func TestParseConfigComplainsOfAll(t *testing.T) {
+	env := map[string]string{"SAME_NODE": "maybe", "INSTANCE_IP": "here", "CONTROL_ADDRESS": "nowhere", "DRAIN_TIMEOUT": "soon", "LOG_LEVEL": "loud", "LOG_FORMAT": "prose"}
+	_, err := parseConfig([]string{"--trust-domain=", "--admin=15000", "what"}, func(k string) string { return env[k] })
+	if err == nil {
+		t.Fatal("no error")
+	}
+	for _, want := range []string{"SAME_NODE", "INSTANCE_IP", "control-address", "drain is", "log-level", "log-format", "trust-domain", "POD_NAME", "NODE_NAME", "admin is", `"what"`} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("no complaint about %s in:\n%v", want, err)
+		}
+	}
+}
+
+// get returns a page's status and text.
+func get(url string) (int, string, error) {
+	r, err := http.Get(url)
+	if err != nil {
+		return 0, "", err
+	}
+	defer r.Body.Close()
+	b, err := io.ReadAll(r.Body)
+	return r.StatusCode, string(b), err
+}
+
+// freePort returns an address that nobody listens on.
+func freePort(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// With nobody to talk to, the process lives, says why it is not ready, and
+// ends when it is told to.
+func TestServeAlone(t *testing.T) {
+	dir := t.TempDir()
+	rootsPath := filepath.Join(dir, "root-cert.pem")
+	if err := os.WriteFile(rootsPath, testca.New(t, "cluster.local").PEM(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	admin, stats, health := freePort(t), freePort(t), freePort(t)
+	c, err := parseConfig([]string{
+		"--control-address=" + freePort(t), "--control-name=x", "--roots=" + rootsPath, "--token=" + dir + "/token", "--handoff=" + dir + "/handoff.sock",
+		"--admin=" + admin, "--stats=" + stats, "--ready=" + health,
+	}, environment)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- serve(ctx, c, t.Output()) }()
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		if code, _, err := get("http://" + health + "/healthz/live"); err == nil && code == 200 {
+			break
+		}
+		select {
+		case err := <-done:
+			t.Fatalf("serve: %v", err)
+		case <-time.After(5 * time.Millisecond):
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("it does not live")
+		}
+	}
+	if code, text, err := get("http://" + health + "/healthz/ready"); err != nil || code != 503 || !strings.Contains(text, "control service") {
+		t.Errorf("ready: %d %q %v, want 503 with the reason", code, text, err)
+	}
+	var dump struct {
+		Workloads, Services, Policies, Certificates []any
+		WorkloadState                               map[string]any
+	}
+	if _, text, err := get("http://" + admin + "/config_dump"); err != nil || json.Unmarshal([]byte(text), &dump) != nil || dump.Workloads == nil || dump.WorkloadState == nil {
+		t.Errorf("config_dump: %s, %v", text, err)
+	}
+	if code, text, err := get("http://" + admin + "/debug/view"); err != nil || code != 200 || !strings.Contains(text, `"version"`) {
+		t.Errorf("view: %d %s, %v", code, text, err)
+	}
+	for _, path := range []string{"/metrics", "/stats/prometheus"} {
+		if _, text, err := get("http://" + stats + path); err != nil || !strings.Contains(text, "workload_manager_active_proxy_count 0") || !strings.Contains(text, `istio_build{component="ztunnel"`) {
+			t.Errorf("%s lacks our metrics: %v", path, err)
+		}
+	}
+	cancel()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Errorf("serve: %v", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("it does not end")
+	}
+}
+
+func TestServeSaysWhichPortIsTaken(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	c, err := parseConfig([]string{"--admin=" + l.Addr().String(), "--stats=" + freePort(t), "--ready=" + freePort(t), "--roots=/nonexistent", "--control-address=" + freePort(t)}, environment)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := serve(t.Context(), c, t.Output()); err == nil || !strings.Contains(err.Error(), l.Addr().String()) {
+		t.Errorf("serve: %v, want the address that is taken", err)
+	}
+}
+
+func TestRootsFileFollowsTheFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "root-cert.pem")
+	c, err := parseConfig([]string{"--roots=" + path}, environment)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := discard()
+	r := newRootsFile(c, log)
+	if r.loaded() {
+		t.Error("roots without a file")
+	}
+	first := testca.New(t, "cluster.local")
+	write := func(b []byte) {
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r.read()
+	}
+	write(first.PEM())
+	if !r.loaded() {
+		t.Fatal("no roots after the file came")
+	}
+	write([]byte("not a certificate"))
+	if !r.loaded() {
+		t.Error("a broken file took the roots away")
+	}
+	write(append(first.PEM(), testca.New(t, "cluster.local").PEM()...))
+	if n := len(r.Certificates("cluster.local")); n != 2 {
+		t.Errorf("%d roots, want 2", n)
+	}
+}
+
+func TestTokenIsReadAnew(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "token")
+	token := tokenFrom(path)
+	if _, err := token(); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("without a file: %v", err)
+	}
+	for i, text := range []string{"one\n", "two"} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := token(); err != nil || got != strings.TrimSpace(text) {
+			t.Errorf("token %d: %q, %v", i, got, err)
+		}
+	}
+	if err := os.WriteFile(path, []byte(" \n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := token(); err == nil {
+		t.Errorf("an empty file is token %s", fmt.Sprintf("%q", got))
+	}
+}
+
+func discard() *slog.Logger { return slog.New(slog.DiscardHandler) }

@@ -1,0 +1,257 @@
+package ztunnel
+
+import (
+	"net/netip"
+	"strconv"
+
+	"github.com/weft-mesh/weft/identity"
+	"github.com/weft-mesh/weft/mesh"
+	"github.com/weft-mesh/weft/mesh/view"
+)
+
+// A Dump is the state of a Proxy in the shape that tools for ambient meshes
+// read at /config_dump. It holds no keys. Marshal it as JSON.
+type Dump struct {
+	Workloads    []dumpWorkload        `json:"workloads"`
+	Services     []dumpService         `json:"services"`
+	Policies     []dumpPolicy          `json:"policies"`
+	Certificates []identity.State      `json:"certificates"`
+	States       map[string]*dumpState `json:"workloadState"` // by pod UID
+	Config       dumpConfig            `json:"config"`
+}
+
+type dumpConfig struct {
+	TrustDomain  string `json:"trustDomain"`
+	Network      string `json:"network"`
+	ClusterID    string `json:"clusterId"`
+	SameNode     bool   `json:"sameNode"`
+	DrainTimeout string `json:"drainTimeout"`
+}
+
+type dumpWorkload struct {
+	UID               mesh.UID      `json:"uid"`
+	IPs               []netip.Addr  `json:"workloadIps"`
+	Waypoint          *dumpGateway  `json:"waypoint,omitempty"`
+	Protocol          string        `json:"protocol"`
+	Name              string        `json:"name"`
+	Namespace         string        `json:"namespace"`
+	ServiceAccount    string        `json:"serviceAccount"`
+	WorkloadName      string        `json:"workloadName"`
+	WorkloadType      string        `json:"workloadType"`
+	CanonicalName     string        `json:"canonicalName"`
+	CanonicalRevision string        `json:"canonicalRevision"`
+	ClusterID         string        `json:"clusterId"`
+	TrustDomain       string        `json:"trustDomain,omitempty"`
+	Locality          mesh.Locality `json:"locality,omitzero"`
+	Node              string        `json:"node,omitempty"`
+	Network           string        `json:"network,omitempty"`
+	Status            string        `json:"status"`
+	Hostname          mesh.Host     `json:"hostname,omitempty"`
+	Capacity          uint32        `json:"capacity"`
+	Policies          []string      `json:"authorizationPolicies,omitempty"`
+}
+
+type dumpGateway struct {
+	Destination string `json:"destination"` // network/address, or namespace/host name
+	Port        uint16 `json:"hboneMtlsPort,omitempty"`
+}
+
+type dumpService struct {
+	Name            string                     `json:"name"`
+	Namespace       string                     `json:"namespace"`
+	Hostname        mesh.Host                  `json:"hostname"`
+	VIPs            []string                   `json:"vips"`
+	CIDRs           []string                   `json:"cidrVips,omitempty"`
+	Ports           map[string]uint16          `json:"ports"`
+	LoadBalancer    *dumpBalance               `json:"loadBalancer,omitempty"`
+	Waypoint        *dumpGateway               `json:"waypoint,omitempty"`
+	Endpoints       map[mesh.UID]*dumpEndpoint `json:"endpoints"`
+	SubjectAltNames []string                   `json:"subjectAltNames"`
+	IPFamilies      string                     `json:"ipFamilies,omitempty"`
+}
+
+type dumpBalance struct {
+	Mode         mesh.BalanceMode  `json:"mode"`
+	Preferences  []mesh.Preference `json:"routingPreferences"`
+	HealthPolicy string            `json:"healthPolicy"`
+}
+
+type dumpEndpoint struct {
+	UID     mesh.UID          `json:"workloadUid"`
+	Service string            `json:"service"`
+	Ports   map[string]uint16 `json:"port"`
+}
+
+type dumpPolicy struct {
+	Name      string           `json:"name"`
+	Namespace string           `json:"namespace"`
+	Scope     string           `json:"scope"`
+	Action    string           `json:"action"`
+	DryRun    bool             `json:"dryRun,omitempty"`
+	Rules     [][][]mesh.Match `json:"rules"`
+}
+
+type dumpState struct {
+	State       string `json:"state"`
+	Connections struct {
+		Inbound  []dumpConnection `json:"inbound"`
+		Outbound []dumpConnection `json:"outbound"`
+	} `json:"connections"`
+	Info struct {
+		Name           string `json:"name"`
+		Namespace      string `json:"namespace"`
+		TrustDomain    string `json:"trustDomain"`
+		ServiceAccount string `json:"serviceAccount"`
+	} `json:"info"`
+}
+
+type dumpConnection struct {
+	Src         string `json:"src"`
+	OriginalDst string `json:"originalDst"`
+	ActualDst   string `json:"actualDst"`
+	Protocol    string `json:"protocol"` // HBONE or TCP
+}
+
+// Dump returns the state as it is now.
+func (p *Proxy) Dump() Dump {
+	v := p.cfg.View.Load()
+	d := Dump{
+		Workloads: []dumpWorkload{}, Services: []dumpService{}, Policies: []dumpPolicy{},
+		Certificates: p.cfg.Identity.Dump(),
+		States:       p.dumpStates(),
+		Config: dumpConfig{
+			TrustDomain: p.cfg.TrustDomain, Network: p.cfg.Network, ClusterID: p.cfg.Cluster,
+			SameNode: p.cfg.SameNode, DrainTimeout: p.cfg.DrainTimeout.String(),
+		},
+	}
+	for w := range v.Workloads() {
+		d.Workloads = append(d.Workloads, workloadDump(w))
+	}
+	for s := range v.Services() {
+		d.Services = append(d.Services, serviceDump(v, s))
+	}
+	for pol := range v.Policies() {
+		d.Policies = append(d.Policies, policyDump(pol))
+	}
+	return d
+}
+
+func workloadDump(w *mesh.Workload) dumpWorkload {
+	d := dumpWorkload{
+		UID: w.UID, IPs: append([]netip.Addr{}, w.Addresses...), Waypoint: gatewayDump(w.Waypoint), Protocol: "TCP",
+		Name: w.Name.Name, Namespace: w.Name.Namespace, ServiceAccount: w.Identity.ServiceAccount,
+		WorkloadName: w.Owner.Name, WorkloadType: w.Owner.Kind,
+		CanonicalName: w.CanonicalName, CanonicalRevision: w.CanonicalRevision,
+		ClusterID: w.Cluster, TrustDomain: w.Identity.TrustDomain, Locality: w.Locality, Node: w.Node, Network: w.Network,
+		Status: "Unhealthy", Hostname: w.Host, Capacity: 1,
+	}
+	if w.Transport == mesh.HBONE {
+		d.Protocol = "HBONE"
+	}
+	if w.Healthy {
+		d.Status = "Healthy"
+	}
+	for _, n := range w.Policies {
+		d.Policies = append(d.Policies, n.String())
+	}
+	return d
+}
+
+func gatewayDump(g mesh.GatewayRef) *dumpGateway {
+	switch {
+	case g.IsZero():
+		return nil
+	case g.Address.IsValid():
+		return &dumpGateway{Destination: g.Network + "/" + g.Address.String(), Port: g.Port}
+	}
+	return &dumpGateway{Destination: g.Service.String(), Port: g.Port}
+}
+
+func serviceDump(v *view.View, s *mesh.Service) dumpService {
+	d := dumpService{
+		Name: s.ShortName, Namespace: s.Name.Namespace, Hostname: s.Name.Host, VIPs: []string{},
+		Ports: portsDump(s.Ports), Waypoint: gatewayDump(s.Waypoint), Endpoints: map[mesh.UID]*dumpEndpoint{},
+		SubjectAltNames: append([]string{}, s.SubjectAltNames...), IPFamilies: s.IPFamilies,
+	}
+	for _, vip := range s.VIPs {
+		if vip.Prefix.IsSingleIP() {
+			d.VIPs = append(d.VIPs, vip.Network+"/"+vip.Prefix.Addr().String())
+		} else {
+			d.CIDRs = append(d.CIDRs, vip.Network+"/"+vip.Prefix.String())
+		}
+	}
+	if s.Mode != mesh.BalanceAny || s.AllowUnhealthy {
+		d.LoadBalancer = &dumpBalance{Mode: s.Mode, Preferences: append([]mesh.Preference{}, s.Preferences...), HealthPolicy: "OnlyHealthy"}
+		if s.AllowUnhealthy {
+			d.LoadBalancer.HealthPolicy = "AllowAll"
+		}
+	}
+	for _, e := range v.Endpoints(s.Name) {
+		d.Endpoints[e.Workload.UID] = &dumpEndpoint{UID: e.Workload.UID, Service: s.Name.String(), Ports: portsDump(e.Ports)}
+	}
+	return d
+}
+
+func portsDump(ports []mesh.Port) map[string]uint16 {
+	m := make(map[string]uint16, len(ports))
+	for _, p := range ports {
+		m[strconv.Itoa(int(p.Service))] = p.Target
+	}
+	return m
+}
+
+func policyDump(p *mesh.Policy) dumpPolicy {
+	d := dumpPolicy{Name: p.Name.Name, Namespace: p.Name.Namespace, DryRun: p.DryRun, Rules: [][][]mesh.Match{}}
+	d.Scope = map[mesh.Scope]string{
+		mesh.ScopeGlobal: "Global", mesh.ScopeNamespace: "Namespace", mesh.ScopeSelector: "WorkloadSelector",
+	}[p.Scope]
+	d.Action = map[mesh.Action]string{mesh.Allow: "Allow", mesh.Deny: "Deny"}[p.Action]
+	for _, g := range p.Groups {
+		clauses := [][]mesh.Match{}
+		for _, c := range g.Clauses {
+			clauses = append(clauses, append([]mesh.Match{}, c.Matches...))
+		}
+		d.Rules = append(d.Rules, clauses)
+	}
+	return d
+}
+
+// dumpStates returns the local pods with their open connections.
+func (p *Proxy) dumpStates() map[string]*dumpState {
+	states := make(map[string]*dumpState)
+	p.mu.Lock()
+	for _, q := range p.owners {
+		info := q.info.Load()
+		s := states[info.UID]
+		if s == nil {
+			s = &dumpState{State: "Draining"}
+			s.Connections.Inbound, s.Connections.Outbound = []dumpConnection{}, []dumpConnection{}
+			s.Info.Name, s.Info.Namespace = info.Name, info.Namespace
+			s.Info.TrustDomain, s.Info.ServiceAccount = q.id.TrustDomain, q.id.ServiceAccount
+			states[info.UID] = s
+		}
+		if p.pods[info.UID] == q {
+			s.State = "Up"
+		}
+	}
+	p.mu.Unlock()
+	for _, f := range p.flows.all() {
+		s := states[f.pod.info.Load().UID]
+		if s == nil {
+			continue // it ended meanwhile
+		}
+		c := dumpConnection{Src: f.src.String(), OriginalDst: f.dst.String(), ActualDst: f.dst.String(), Protocol: "TCP"}
+		if f.mutualTLS {
+			c.Protocol = "HBONE"
+			if f.target.IsValid() {
+				c.OriginalDst = f.target.String()
+			}
+		}
+		if f.direction == inbound {
+			s.Connections.Inbound = append(s.Connections.Inbound, c)
+		} else {
+			s.Connections.Outbound = append(s.Connections.Outbound, c)
+		}
+	}
+	return states
+}
