@@ -60,7 +60,7 @@ func up(o *cluster.Options) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			fmt.Printf("\ncluster %s is up; for example:\n  export KUBECONFIG=%s\n  go run ./cmd/weft-cluster --id %s kubectl get pods -A -o wide\n", c.ID, c.Kubeconfig, c.ID)
+			fmt.Printf("\ncluster %s is up; for example:\n  export KUBECONFIG=%s\n  cd e2e && go run ./cmd/weft-cluster --id %s kubectl get pods -A -o wide\n", c.ID, c.Kubeconfig, c.ID)
 			return nil
 		},
 	}
