@@ -118,24 +118,46 @@ func (c *Client) Synced() <-chan struct{} { return c.synced }
 // Run connects, and connects again whenever the connection is lost, until ctx
 // ends; then it returns nil. It may be called once.
 func (c *Client) Run(ctx context.Context) error {
-	var last string
-	run.Retry(ctx, run.Backoff{Min: 10 * time.Millisecond, Max: 15 * time.Second}, func(ctx context.Context) error {
+	complaint := &complaint{to: c.cfg.Log}
+	run.Retry(ctx, backoff(), func(ctx context.Context) error {
 		began := time.Now()
 		err := c.connect(ctx)
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
 		c.metrics.terminations.WithLabelValues(reason(err)).Inc()
-		// The same complaint every few seconds would bury all others.
-		level := slog.LevelWarn
-		if err.Error() == last && time.Since(began) < time.Minute {
-			level = slog.LevelDebug
-		}
-		last = err.Error()
-		c.cfg.Log.Log(ctx, level, "lost the control service; going on with what is known", "address", c.cfg.Address, "err", err)
+		complaint.log(time.Since(began), c.cfg.Address, err)
 		return err
 	})
 	return nil
+}
+
+// backoff is how long a Client waits before it connects again.
+func backoff() run.Backoff { return run.Backoff{Min: 10 * time.Millisecond, Max: 15 * time.Second} }
+
+// A complaint is what a Client last said about its connection. The same one
+// every few seconds would bury all others.
+type complaint struct {
+	to   *slog.Logger
+	said string
+	when time.Time
+}
+
+// log says that a connection ended with err after lasted: once a minute for
+// the same err. The end of one that worked is no reason to worry, because the
+// control service ends them now and then.
+func (c *complaint) log(lasted time.Duration, address string, err error) {
+	level := slog.LevelWarn
+	switch {
+	case lasted > backoff().Max:
+		level = slog.LevelInfo
+	case err.Error() == c.said && time.Since(c.when) < time.Minute:
+		level = slog.LevelDebug
+	default:
+		c.said, c.when = err.Error(), time.Now()
+	}
+	c.to.Log(context.Background(), level, "connection to the control service ended; going on with what is known, and connecting again",
+		"address", address, "after", lasted.Round(time.Millisecond), "err", err)
 }
 
 // reason classifies the end of a connection for metrics.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -11,6 +12,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/prometheus/client_golang/prometheus"
@@ -268,6 +271,34 @@ func TestClientGetsThroughTrouble(t *testing.T) {
 			t.Errorf("the log does not say %q:\n%s", want, c.log)
 		}
 	}
+}
+
+func TestComplaints(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var out lines
+		c := &complaint{to: slog.New(slog.NewTextHandler(&out, nil))} // from info on
+		refused, expired := errors.New("refused"), errors.New("expired")
+		count := func() int { return strings.Count(out.String(), "\n") }
+		for i, tc := range []struct {
+			wait, lasted time.Duration
+			err          error
+			lines        int
+			level        string
+		}{
+			{0, 0, refused, 1, "WARN"},
+			{0, 0, refused, 1, "WARN"}, // the same: quiet
+			{0, 0, expired, 2, "WARN"},
+			{30 * time.Second, 0, expired, 2, "WARN"},
+			{30 * time.Second, 0, expired, 3, "WARN"}, // still: say so again
+			{0, time.Hour, refused, 4, "INFO"},        // it had worked
+		} {
+			time.Sleep(tc.wait)
+			c.log(tc.lasted, "control:15012", tc.err)
+			if n := count(); n != tc.lines || !strings.Contains(out.String()[strings.LastIndex(strings.TrimSpace(out.String()), "\n")+1:], tc.level) {
+				t.Errorf("%d: %d lines, want %d, the last one %s:\n%s", i, n, tc.lines, tc.level, out.String())
+			}
+		}
+	})
 }
 
 func TestClientStops(t *testing.T) {

@@ -29,12 +29,17 @@ type Subscriber struct {
 }
 
 // ServerOptions are what a grpc.Server needs to carry a Server: requests may
-// name the versions of a whole mesh, and clients may ping often.
+// name the versions of a whole mesh, clients may ping often, and nobody stays
+// longer than half an hour on a token that may have been revoked since. A
+// client that comes back is sent only what changed.
 func ServerOptions() []grpc.ServerOption {
 	return []grpc.ServerOption{
 		grpc.MaxRecvMsgSize(64 << 20),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{
+			Time: 30 * time.Second, Timeout: 10 * time.Second,
+			MaxConnectionAge: 30 * time.Minute, MaxConnectionAgeGrace: 10 * time.Second,
+		}),
 	}
 }
 
