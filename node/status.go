@@ -1,0 +1,147 @@
+package node
+
+import (
+	"cmp"
+	"encoding/json"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/weft-mesh/weft/internal/obs"
+	"github.com/weft-mesh/weft/node/cni"
+)
+
+// A Status is how the agent of one node stands, the JSON of /status. It is
+// what weft status shows.
+type Status struct {
+	Node    string `json:"node"`
+	Version string `json:"version"`
+	Ready   bool   `json:"ready"`
+	// Standby is set while another agent works on the node, in an update.
+	Standby  bool     `json:"standby,omitempty"`
+	Problems []string `json:"problems,omitempty"` // why it is not ready, and what to do
+
+	Capture  CaptureStatus    `json:"capture"`
+	CNI      cni.InstallState `json:"cni"`
+	Ztunnels int              `json:"ztunnels"` // connected
+	Pods     []PodStatus      `json:"pods"`     // captured, by name
+	Failures []PodFailure     `json:"failures,omitempty"`
+}
+
+// CaptureStatus says how pods are captured on the node, and why that way.
+type CaptureStatus struct {
+	Design   string          `json:"design"` // "bpf", or "none" if pods cannot be captured
+	Why      string          `json:"why"`
+	Features map[string]bool `json:"features,omitempty"` // what the kernel has
+}
+
+// A PodStatus is a captured pod.
+type PodStatus struct {
+	Namespace string    `json:"namespace"`
+	Name      string    `json:"name"`
+	UID       string    `json:"uid"`
+	Since     time.Time `json:"since"`
+}
+
+// A PodFailure is a pod that is not where it belongs.
+type PodFailure struct {
+	Pod    string    `json:"pod"`
+	Reason string    `json:"reason"`
+	Error  string    `json:"error"`
+	Since  time.Time `json:"since"`
+	Times  int       `json:"times"`
+}
+
+// Status returns how the agent stands now.
+func (a *Agent) Status() Status {
+	a.mu.Lock()
+	s := Status{Node: a.cfg.Node, Version: a.cfg.Version, Standby: a.standby, Capture: a.capture}
+	stage := a.stage
+	a.mu.Unlock()
+	s.CNI = a.installer.State()
+	s.Ztunnels, _ = a.handoff.Connected()
+	s.Pods, s.Failures = a.keeper.status()
+	if stage != "" {
+		s.Problems = append(s.Problems, stage)
+	}
+	if !a.kube.synced() {
+		s.Problems = append(s.Problems, "the API server has not been read yet; is it reachable from this pod, and may service account ztunnel list pods, namespaces and its DaemonSet?")
+	}
+	if !s.Standby {
+		if !s.CNI.Installed {
+			s.Problems = append(s.Problems, cmp.Or(s.CNI.Message, "the CNI plugin is not installed yet"))
+		}
+		if s.Ztunnels == 0 {
+			s.Problems = append(s.Problems, "ztunnel is not connected; see the log of container istio-proxy of this pod. Running pods wait, new pods of the mesh do not start")
+		}
+	}
+	s.Ready = len(s.Problems) == 0
+	return s
+}
+
+// status returns the captured pods by name, and the failures.
+func (k *keeper) status() ([]PodStatus, []PodFailure) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	pods := []PodStatus{}
+	for uid, m := range k.pods {
+		pods = append(pods, PodStatus{Namespace: m.pod.Namespace, Name: m.pod.Name, UID: uid, Since: m.since})
+	}
+	slices.SortFunc(pods, func(a, b PodStatus) int {
+		return cmp.Or(strings.Compare(a.Namespace, b.Namespace), strings.Compare(a.Name, b.Name), strings.Compare(a.UID, b.UID))
+	})
+	var failures []PodFailure
+	for _, f := range k.failures {
+		if f.err != nil {
+			failures = append(failures, PodFailure{Pod: f.pod, Reason: f.reason, Error: f.err.Error(), Since: f.since, Times: f.times})
+		}
+	}
+	slices.SortFunc(failures, func(a, b PodFailure) int { return strings.Compare(a.Pod, b.Pod) })
+	return pods, failures
+}
+
+// handler serves health, metrics and status.
+func (a *Agent) handler(reg *prometheus.Registry) http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", obs.MetricsHandler(reg))
+	mux.HandleFunc("GET /healthz/live", func(w http.ResponseWriter, _ *http.Request) {})
+	mux.HandleFunc("GET /healthz/ready", func(w http.ResponseWriter, _ *http.Request) {
+		if s := a.Status(); !s.Ready {
+			http.Error(w, strings.Join(s.Problems, "\n"), http.StatusServiceUnavailable)
+		}
+	})
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		enc := json.NewEncoder(w)
+		enc.SetIndent("", "  ")
+		_ = enc.Encode(a.Status()) // a reader that went away
+	})
+	return mux
+}
+
+// gauges registers what is read from the agent's state.
+func (a *Agent) gauges(reg prometheus.Registerer) {
+	gauge := func(name, help string, f func() float64) {
+		reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, f))
+	}
+	yes := func(b bool) float64 {
+		if b {
+			return 1
+		}
+		return 0
+	}
+	gauge("weft_node_pods_captured", "Pods of this node that are in the mesh.", func() float64 { return float64(a.keeper.count()) })
+	gauge("weft_node_pods_failing", "Pods of this node that are not where they belong.", func() float64 {
+		_, failures := a.keeper.status()
+		return float64(len(failures))
+	})
+	gauge("weft_node_cni_installed", "1 if the CNI plugin is in the node's chain.", func() float64 { return yes(a.installer.State().Installed) })
+	gauge("weft_node_ztunnels_connected", "Connected ztunnels: 1, or 2 in an update.", func() float64 {
+		n, _ := a.handoff.Connected()
+		return float64(n)
+	})
+	gauge("weft_node_ready", "1 if the agent is ready.", func() float64 { return yes(a.Status().Ready) })
+}
