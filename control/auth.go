@@ -25,6 +25,7 @@ const (
 	maxReviews    = 4096
 	reviewsAtOnce = 16
 	maxToken      = 16 << 10
+	reviewTimeout = 10 * time.Second
 )
 
 // A Review is what the API server says of a token.
@@ -128,6 +129,8 @@ func (a *Authenticator) authenticate(ctx context.Context) (Caller, error) {
 	if caller, ok := a.recall(key, time.Now()); ok {
 		return caller, nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, reviewTimeout) // a stream's has no end
+	defer cancel()
 	select {
 	case a.slots <- struct{}{}:
 		defer func() { <-a.slots }()

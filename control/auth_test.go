@@ -113,6 +113,18 @@ func TestAPIServerAway(t *testing.T) {
 	}
 }
 
+func TestAHangingAPIServerIsGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := NewAuthenticator(AuthenticatorConfig{Review: func(ctx context.Context, _, _ string) (Review, error) {
+			<-ctx.Done()
+			return Review{}, ctx.Err()
+		}})
+		if _, err := a.Authenticate(bearing(t.Context(), "Bearer good")); status.Code(err) != codes.Unavailable {
+			t.Errorf("Authenticate error = %v, want Unavailable", err)
+		}
+	})
+}
+
 func TestReviewsAreKeptForAMinute(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := &fakeAPI{tokens: map[string]Review{"good": {Audiences: istioCA, Namespace: "shop", ServiceAccount: "cart"}}}

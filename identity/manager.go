@@ -142,7 +142,7 @@ func (m *Manager) Forget(id mesh.Identity) {
 	}
 	e.pods--
 	if e.pods == 0 && e.waiting == 0 {
-		delete(m.entries, id) // an attempt under way finds itself orphaned
+		delete(m.entries, id)
 	}
 }
 
@@ -250,14 +250,11 @@ func (m *Manager) attempt(ctx context.Context, e *entry) {
 	m.mu.Lock()
 	m.busy--
 	e.running = false
-	orphan := m.entries[e.id] != e
-	if !orphan {
-		e.record(g.cert, err, time.Now())
-	}
+	e.record(g.cert, err, time.Now()) // lost if the last pod has gone meanwhile
 	failures := e.failures
 	m.mu.Unlock()
 	m.kick()
-	if !orphan && ctx.Err() == nil {
+	if ctx.Err() == nil {
 		m.report(e.id, g.cert, err, failures)
 	}
 }
