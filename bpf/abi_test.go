@@ -27,7 +27,7 @@ func TestSizes(t *testing.T) {
 		CaptureMapProbes:    {Type: ebpf.LRUHash, KeySize: 40, ValueSize: 4, MaxEntries: 8192},
 		CaptureMapStats:     {Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: 8, MaxEntries: 32},
 	}
-	for _, load := range []func() (*ebpf.CollectionSpec, error){LoadCapture, LoadEnrol} {
+	for _, load := range []func() (*ebpf.CollectionSpec, error){LoadCapture, LoadEnrol, LoadSockets} {
 		spec, err := load()
 		if err != nil {
 			t.Fatal(err)

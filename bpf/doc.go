@@ -37,9 +37,10 @@
 //	host_probe          tcx egress of the host's end of the veth
 //	guard_host_ingress  tcx ingress of the host's end of the veth
 //
-// In enrol.c, for the moment in which capture is put on a running pod or taken
-// off: the socket iterators keep, drain and destroy, and inbound_lenient,
-// hold_lo and hold_wire. node/capture has the order.
+// For the moment in which capture is put on a running pod or taken off, there
+// are inbound_lenient, hold_lo and hold_wire in enrol.c, loaded per pod, and
+// the socket iterators keep, drain and destroy in sockets.c, loaded once.
+// node/capture has the order.
 //
 // The constants pod_ip4, pod_ip6, pod_nsid and pod_veth are set before loading.
 // All addresses of the pod's interfaces are in the first two; TCP to an address
@@ -53,13 +54,14 @@
 //
 //	listeners  SOCKMAP        role -> socket; a missing one drops: fail closed
 //	blessed    SK_STORAGE     u32, on sockets of the proxy; inherited by accept
-//	kept       SK_STORAGE     struct exemption, on sockets of the app
-//	probes     LRU_HASH       struct probe -> u32; one for all pods of a node
 //	stats      PERCPU_ARRAY   enum counter -> u64
+//	kept       SK_STORAGE     struct exemption, on sockets of the app
+//	probes     LRU_HASH       struct probe -> u32
 //
-// All are pinned: pods/UID/{listeners,blessed,kept,stats} and probes below the
-// root of this version of the contract. A change of a key or value needs a new
-// root.
+// Each pod has its own of the first three, pinned as pods/UID/{listeners,
+// blessed,stats} below the root of this version of the contract; kept and
+// probes are one for the node, pinned at the root. A change of a key or value
+// needs a new root.
 //
 // The proxy blesses each socket that it makes for the wire, after socket(2) and
 // before connect(2), by writing 1 under the socket's descriptor; only the

@@ -81,12 +81,9 @@ const (
 	EnrolMapListeners       = "listeners"
 	EnrolMapProbes          = "probes"
 	EnrolMapStats           = "stats"
-	EnrolProgDestroy        = "destroy"
-	EnrolProgDrain          = "drain"
 	EnrolProgHoldLo         = "hold_lo"
 	EnrolProgHoldWire       = "hold_wire"
 	EnrolProgInboundLenient = "inbound_lenient"
-	EnrolProgKeep           = "keep"
 	EnrolVarPodIp4          = "pod_ip4"
 	EnrolVarPodIp6          = "pod_ip6"
 	EnrolVarPodNsid         = "pod_nsid"
@@ -135,12 +132,9 @@ type EnrolSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type EnrolProgramSpecs struct {
-	Destroy        *ebpf.ProgramSpec `ebpf:"destroy"`
-	Drain          *ebpf.ProgramSpec `ebpf:"drain"`
 	HoldLo         *ebpf.ProgramSpec `ebpf:"hold_lo"`
 	HoldWire       *ebpf.ProgramSpec `ebpf:"hold_wire"`
 	InboundLenient *ebpf.ProgramSpec `ebpf:"inbound_lenient"`
-	Keep           *ebpf.ProgramSpec `ebpf:"keep"`
 }
 
 // EnrolMapSpecs contains maps before they are loaded into the kernel.
@@ -215,22 +209,16 @@ type EnrolVariables struct {
 //
 // It can be passed to LoadEnrolObjects or ebpf.CollectionSpec.LoadAndAssign.
 type EnrolPrograms struct {
-	Destroy        *ebpf.Program `ebpf:"destroy"`
-	Drain          *ebpf.Program `ebpf:"drain"`
 	HoldLo         *ebpf.Program `ebpf:"hold_lo"`
 	HoldWire       *ebpf.Program `ebpf:"hold_wire"`
 	InboundLenient *ebpf.Program `ebpf:"inbound_lenient"`
-	Keep           *ebpf.Program `ebpf:"keep"`
 }
 
 func (p *EnrolPrograms) Close() error {
 	return _EnrolClose(
-		p.Destroy,
-		p.Drain,
 		p.HoldLo,
 		p.HoldWire,
 		p.InboundLenient,
-		p.Keep,
 	)
 }
 

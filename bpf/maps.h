@@ -85,7 +85,7 @@ struct {
 } blessed SEC(".maps");
 
 /* Sockets of the app that were connected before capture began, and those that
- * the host itself connected to. Not inherited. */
+ * the host itself connected to. One map for the node; not inherited. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

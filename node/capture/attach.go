@@ -82,7 +82,10 @@ func (p *Pod) attachClosed() error {
 	if err := p.c.acceptMark(p.ns); err != nil {
 		return err
 	}
-	if err := p.place.addRoutes(p.ns); err != nil {
+	if err := p.place.addLocal(p.ns); err != nil {
+		return err
+	}
+	if err := p.place.addCapture(p.ns); err != nil {
 		return err
 	}
 	return p.markCaptured()
@@ -91,21 +94,24 @@ func (p *Pod) attachClosed() error {
 // attachRunning captures a pod that has connections. The order loses no packet
 // that TCP would not send again, and resets nothing:
 //
-//	what changes nothing by itself    sk_lookup, host_probe, tcp_fwmark_accept
+//	what changes nothing by itself    tcp_fwmark_accept, rule 99, sk_lookup, host_probe
 //	hold_lo                           a stray packet is lost, not reset
 //	pass 1                            keep what is connected or connecting
 //	inbound_lenient                   new connections in are captured
-//	rules                             new connections out are captured
+//	rules 100 to 102                  new connections out are captured
 //	pass 2, repeated                  keep what came to be since pass 1
 //	inbound_strict, guards            nothing else passes
 //	pass 3                            keep what came to be since pass 2
 func (p *Pod) attachRunning(ctx context.Context, existing Existing) error {
-	enrol, err := p.loadEnrol()
+	enrol, err := p.loadEnrol(bpf.EnrolProgInboundLenient, bpf.EnrolProgHoldLo)
 	if err != nil {
 		return err
 	}
 	defer enrol.close()
 	if err := p.c.acceptMark(p.ns); err != nil {
+		return err
+	}
+	if err := p.place.addLocal(p.ns); err != nil {
 		return err
 	}
 	for _, pin := range []string{pinSkLookup, pinHostProbe} {
@@ -120,18 +126,18 @@ func (p *Pod) attachRunning(ctx context.Context, existing Existing) error {
 	}
 	defer release()
 	if existing == Keep {
-		if _, err := enrol.walk(bpf.EnrolProgKeep); err != nil {
+		if _, err := p.walk(bpf.SocketsProgKeep); err != nil {
 			return err
 		}
 	}
 	if err := p.put(p.hook(pinInbound), enrol.program(bpf.EnrolProgInboundLenient)); err != nil {
 		return err
 	}
-	if err := p.place.addRoutes(p.ns); err != nil {
+	if err := p.place.addCapture(p.ns); err != nil {
 		return err
 	}
 	if existing == Keep {
-		if err := enrol.keepPending(ctx); err != nil {
+		if err := p.keepPending(ctx); err != nil {
 			return err
 		}
 	}
@@ -141,11 +147,11 @@ func (p *Pod) attachRunning(ctx context.Context, existing Existing) error {
 			return err
 		}
 	}
-	last := bpf.EnrolProgKeep
+	last := bpf.SocketsProgKeep
 	if existing == Reset {
-		last = bpf.EnrolProgDestroy
+		last = bpf.SocketsProgDestroy
 	}
-	if _, err := enrol.walk(last); err != nil {
+	if _, err := p.walk(last); err != nil {
 		return err
 	}
 	return p.markCaptured()

@@ -46,39 +46,83 @@ type Capture struct {
 	hostID netns.ID
 	spec   *ebpf.CollectionSpec // read-only; copied for each pod
 	enrol  *ebpf.CollectionSpec // the same, for the short programs of a running pod
-	probes *ebpf.Map
+	shared map[string]*ebpf.Map // by name in the programs; what all pods share
+	// walkers are the socket iterators. They are nil where the kernel cannot
+	// load them, and noWalkers is why.
+	walkers   *ebpf.Collection
+	noWalkers error
 }
 
 // New reads the programs and opens what the pods share. It captures nothing.
 func New(cfg Config) (*Capture, error) {
-	c := &Capture{cfg: cfg, log: cfg.Log}
+	c := &Capture{cfg: cfg, log: cfg.Log, shared: map[string]*ebpf.Map{}}
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
 	}
-	if cfg.BPFRoot == "" || cfg.ProcRoot == "" || cfg.HostNS == nil {
-		return nil, errors.New("start capture: BPFRoot, ProcRoot and HostNS must be set")
-	}
-	var err error
-	if c.hostID, err = cfg.HostNS.ID(); err != nil {
-		return nil, fmt.Errorf("start capture: host namespace: %w", err)
-	}
-	if c.spec, err = bpf.LoadCapture(); err != nil {
-		return nil, fmt.Errorf("start capture: read programs: %w", err)
-	}
-	if c.enrol, err = bpf.LoadEnrol(); err != nil {
-		return nil, fmt.Errorf("start capture: read programs: %w", err)
-	}
-	if err := os.MkdirAll(c.podsDir(), 0o700); err != nil {
-		return nil, fmt.Errorf("start capture: make the directory of pins (is %s in a bpf file system that is mounted writable?): %w", cfg.BPFRoot, err)
-	}
-	if c.probes, err = loadOrCreate(filepath.Join(cfg.BPFRoot, "probes"), c.spec.Maps[bpf.CaptureMapProbes]); err != nil {
+	if err := c.start(); err != nil {
+		c.Close()
 		return nil, fmt.Errorf("start capture: %w", err)
 	}
 	return c, nil
 }
 
+func (c *Capture) start() (err error) {
+	if c.cfg.BPFRoot == "" || c.cfg.ProcRoot == "" || c.cfg.HostNS == nil {
+		return errors.New("BPFRoot, ProcRoot and HostNS must be set")
+	}
+	if c.hostID, err = c.cfg.HostNS.ID(); err != nil {
+		return fmt.Errorf("host namespace: %w", err)
+	}
+	if c.spec, err = bpf.LoadCapture(); err != nil {
+		return fmt.Errorf("read programs: %w", err)
+	}
+	if c.enrol, err = bpf.LoadEnrol(); err != nil {
+		return fmt.Errorf("read programs: %w", err)
+	}
+	if err := os.MkdirAll(c.podsDir(), 0o700); err != nil {
+		return fmt.Errorf("make the directory of pins (is %s in a bpf file system that is mounted writable?): %w", c.cfg.BPFRoot, err)
+	}
+	for _, name := range []string{bpf.CaptureMapKept, bpf.CaptureMapProbes} {
+		m, err := loadOrCreate(filepath.Join(c.cfg.BPFRoot, name), c.spec.Maps[name])
+		if err != nil {
+			return err
+		}
+		c.shared[name] = m
+	}
+	return c.loadWalkers()
+}
+
+// loadWalkers loads the socket iterators. New pods are captured without them,
+// so that a kernel cannot load them is an error only for pods that run.
+func (c *Capture) loadWalkers() error {
+	spec, err := bpf.LoadSockets()
+	if err != nil {
+		return fmt.Errorf("read programs: %w", err)
+	}
+	for name := range spec.Maps {
+		// The header declares all maps; the iterators use one, and constants.
+		if name != bpf.SocketsMapKept && !strings.HasPrefix(name, ".") {
+			delete(spec.Maps, name)
+		}
+	}
+	kept := map[string]*ebpf.Map{bpf.SocketsMapKept: c.shared[bpf.CaptureMapKept]}
+	c.walkers, c.noWalkers = ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: kept})
+	return nil
+}
+
 // Close closes descriptors. Pods stay captured.
-func (c *Capture) Close() error { return c.probes.Close() }
+func (c *Capture) Close() error {
+	var errs []error
+	for name, m := range c.shared {
+		errs = append(errs, m.Close())
+		delete(c.shared, name)
+	}
+	if c.walkers != nil {
+		c.walkers.Close()
+		c.walkers = nil
+	}
+	return errors.Join(errs...)
+}
 
 func (c *Capture) podsDir() string { return filepath.Join(c.cfg.BPFRoot, "pods") }
 

@@ -35,7 +35,7 @@ func (p *Pod) detach(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	enrol, err := p.loadEnrol()
+	enrol, err := p.loadEnrol(bpf.EnrolProgInboundLenient, bpf.EnrolProgHoldWire)
 	if err != nil {
 		return err
 	}
@@ -58,13 +58,13 @@ func (p *Pod) detach(ctx context.Context) error {
 	if err := p.drop(pinGuardHost); err != nil {
 		return err
 	}
-	if _, err := enrol.walk(bpf.EnrolProgDrain); err != nil {
+	if _, err := p.walk(bpf.SocketsProgDrain); err != nil {
 		return err
 	}
 	if err := p.place.removeRules(p.ns); err != nil {
 		return err
 	}
-	if _, err := enrol.walk(bpf.EnrolProgDrain); err != nil {
+	if _, err := p.walk(bpf.SocketsProgDrain); err != nil {
 		return err
 	}
 	for _, pin := range []string{pinInbound, pinGuardPod, pinHostProbe, pinSkLookup} {
@@ -78,27 +78,29 @@ func (p *Pod) detach(ctx context.Context) error {
 	return p.listeners.Close()
 }
 
-// drainPause is how often Drained looks.
+// drainPause is how often Drained looks, at most.
 const drainPause = time.Second
 
 // Drained waits, after Detach, until the last connection that was captured has
 // ended, and then removes the rule and the route that held them. If nobody
 // waits, they stay; they do no harm, and a later capture uses them again.
 func (p *Pod) Drained(ctx context.Context) error {
-	pause := time.NewTicker(drainPause)
-	defer pause.Stop()
-	for {
+	if err := p.drained(ctx); err != nil {
+		return fmt.Errorf("wait for the captured connections of pod %s to end: %w", p.uid, err)
+	}
+	return nil
+}
+
+func (p *Pod) drained(ctx context.Context) error {
+	for pause := 10 * time.Millisecond; ; pause = min(2*pause, drainPause) {
 		left, err := p.draining()
-		if err != nil {
-			return fmt.Errorf("wait for the captured connections of pod %s: %w", p.uid, err)
-		}
-		if left == 0 {
-			return nil
+		if err != nil || left == 0 {
+			return err
 		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-pause.C:
+		case <-time.After(pause):
 		}
 	}
 }
@@ -111,15 +113,10 @@ func (p *Pod) draining() (int, error) {
 	if p.ns == nil {
 		return 0, errClosed
 	}
-	if _, err := os.Stat(p.dir); !errors.Is(err, os.ErrNotExist) {
-		return 0, errors.New("the pod is captured again, or not detached")
+	if exists(p.dir) {
+		return 0, errors.New("it is captured again, or not detached")
 	}
-	enrol, err := p.loadEnrol()
-	if err != nil {
-		return 0, err
-	}
-	defer enrol.close()
-	r, err := enrol.walk(bpf.EnrolProgDrain)
+	r, err := p.walk(bpf.SocketsProgDrain)
 	if err != nil || r.done > 0 {
 		return r.done, err
 	}

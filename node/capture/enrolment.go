@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -15,17 +16,22 @@ import (
 	"github.com/weft-mesh/weft/bpf"
 )
 
-// An enrolment holds the programs that are needed only while capture is put on
-// a running pod or taken off.
+// An enrolment holds a pod's programs that are needed only while capture is put
+// on it, when it runs already, or taken off.
 type enrolment struct {
 	p    *Pod
 	coll *ebpf.Collection
 }
 
-// loadEnrol loads them. A kernel that has no bpf_sock_destroy loads them too;
-// destroy then does nothing.
-func (p *Pod) loadEnrol() (*enrolment, error) {
-	coll, err := p.collection(p.c.enrol)
+// loadEnrol loads the named ones.
+func (p *Pod) loadEnrol(names ...string) (*enrolment, error) {
+	spec := p.c.enrol.Copy()
+	for name := range spec.Programs {
+		if !slices.Contains(names, name) {
+			delete(spec.Programs, name)
+		}
+	}
+	coll, err := p.collection(spec)
 	if err != nil {
 		return nil, err
 	}
@@ -55,26 +61,29 @@ type report struct {
 }
 
 // walk runs an iterator over the TCP sockets of the pod's namespace.
-func (e *enrolment) walk(name string) (report, error) {
-	r, err := e.read(name)
+func (p *Pod) walk(name string) (report, error) {
+	r, err := p.read(name)
 	if err != nil {
 		return report{}, fmt.Errorf("walk the pod's sockets (%s): %w", name, err)
 	}
 	if r.failed > 0 {
-		e.p.c.log.Warn("some of the pod's connections will break", "pod", e.p.uid, "during", name, "sockets", r.failed)
+		p.c.log.Warn("some of the pod's connections will break", "pod", p.uid, "during", name, "sockets", r.failed)
 	}
 	return r, nil
 }
 
-func (e *enrolment) read(name string) (report, error) {
-	l, err := link.AttachIter(link.IterOptions{Program: e.program(name)})
+func (p *Pod) read(name string) (report, error) {
+	if p.c.walkers == nil {
+		return report{}, fmt.Errorf("the kernel does not take the socket iterators, without which only pods that are not yet running can be captured; restart the pod: %w", p.c.noWalkers)
+	}
+	l, err := link.AttachIter(link.IterOptions{Program: p.c.walkers.Programs[name]})
 	if err != nil {
 		return report{}, err
 	}
 	defer l.Close()
 	var out io.ReadCloser
 	// The iterator is bound to the namespace of the thread that opens it.
-	err = e.p.ns.Do(func() error {
+	err = p.ns.Do(func() error {
 		out, err = l.Open()
 		return err
 	})
@@ -114,13 +123,13 @@ const (
 // keepPending keeps what has been connected since the first pass. It waits, not
 // long, for the handshakes that peers have begun with the app: their
 // connections can be kept when they exist.
-func (e *enrolment) keepPending(ctx context.Context) error {
+func (p *Pod) keepPending(ctx context.Context) error {
 	late := time.NewTimer(pendingWait)
 	defer late.Stop()
 	pause := time.NewTicker(pendingPause)
 	defer pause.Stop()
 	for {
-		r, err := e.walk(bpf.EnrolProgKeep)
+		r, err := p.walk(bpf.SocketsProgKeep)
 		if err != nil || r.pending == 0 {
 			return err
 		}

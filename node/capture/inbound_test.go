@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/weft-mesh/weft/bpf"
 	"github.com/weft-mesh/weft/internal/testnet"
 )
 
@@ -91,8 +92,9 @@ func TestProbesOfTheHostPass(t *testing.T) {
 func evict(t *testing.T, c *Capture) {
 	t.Helper()
 	var key [40]byte
-	for c.probes.NextKey(nil, &key) == nil {
-		if err := c.probes.Delete(key); err != nil {
+	probes := c.shared[bpf.CaptureMapProbes]
+	for probes.NextKey(nil, &key) == nil {
+		if err := probes.Delete(key); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -175,7 +176,7 @@ func TestCaptureUnderTraffic(t *testing.T) {
 	stop := make(chan struct{})
 	var work sync.WaitGroup
 	var mu sync.Mutex
-	done, failed := map[string]int{}, []string{}
+	done, failed, slowest := map[string]int{}, []string{}, map[string]time.Duration{}
 	for name, way := range map[string]struct {
 		from *testnet.Host
 		to   netip.Addr
@@ -191,9 +192,15 @@ func TestCaptureUnderTraffic(t *testing.T) {
 					return
 				default:
 				}
+				begin := time.Now()
 				err := once(way.from, netip.AddrPortFrom(way.to, 8080))
+				took := time.Since(begin)
 				mu.Lock()
 				done[name]++
+				slowest[name] = max(slowest[name], took)
+				if took > 150*time.Millisecond {
+					t.Logf("%s took %v", name, took)
+				}
 				if err != nil {
 					failed = append(failed, fmt.Sprintf("%s: %v", name, err))
 				}
@@ -235,6 +242,7 @@ func TestCaptureUnderTraffic(t *testing.T) {
 	}
 	close(stop)
 	work.Wait()
+	t.Logf("slowest connections: %v", slowest)
 	for _, f := range failed {
 		t.Error(f)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"sync"
@@ -28,7 +29,7 @@ type Pod struct {
 
 	mu        sync.Mutex
 	ns        *netns.NS
-	maps      map[string]*ebpf.Map // by name in the programs, without probes
+	maps      map[string]*ebpf.Map // by name in the programs; the pod's own
 	programs  map[string]*ebpf.Program
 	listeners Listeners
 	links     map[string]link.Link // by pin name; open so that Info can be asked
@@ -47,7 +48,7 @@ const (
 
 // podMaps are the maps that each pod has its own of, and their pins' names.
 func podMaps() []string {
-	return []string{bpf.CaptureMapListeners, bpf.CaptureMapBlessed, bpf.CaptureMapKept, bpf.CaptureMapStats}
+	return []string{bpf.CaptureMapListeners, bpf.CaptureMapBlessed, bpf.CaptureMapStats}
 }
 
 // Prepare readies a pod for capture: it loads the programs into the kernel,
@@ -170,11 +171,9 @@ func (p *Pod) collection(spec *ebpf.CollectionSpec) (*ebpf.Collection, error) {
 	if err := p.place.constants(spec); err != nil {
 		return nil, err
 	}
-	shared := map[string]*ebpf.Map{bpf.CaptureMapProbes: p.c.probes}
-	for name, m := range p.maps {
-		shared[name] = m
-	}
-	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: shared})
+	have := maps.Clone(p.c.shared)
+	maps.Copy(have, p.maps)
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: have})
 	if err != nil {
 		return nil, fmt.Errorf("load programs into the kernel: %w", err)
 	}

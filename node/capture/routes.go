@@ -27,7 +27,7 @@ const (
 	routeProtocol = 80 // rtnetlink(7): who made the route; a number of our own
 )
 
-// rules returns the rules of one family. They say "iif lo", which means
+// rules returns the rules of one family, ruleLocal first. They say "iif lo", which means
 // generated here: without it, the reverse path check of every packet that
 // arrives would match too and drop it.
 func rules(family int) []*netlink.Rule {
@@ -72,28 +72,45 @@ func routed(ns *netns.NS, f func(nl *netlink.Handle) error) error {
 	})
 }
 
-// addRoutes makes the table and the rules. What is there already stays.
-// The capturing rule is last, so that it never holds without the others.
-func (w place) addRoutes(ns *netns.NS) error {
-	err := routed(ns, func(nl *netlink.Handle) error {
+// addLocal makes the table, and the rule that holds what is marked to stay:
+// without it, the app's answers to connections that the proxy makes to it in a
+// client's name would leave. What is there already stays.
+func (w place) addLocal(ns *netns.NS) error {
+	return w.add(ns, func(nl *netlink.Handle, family int, src net.IP) error {
 		lo, err := nl.LinkByName("lo")
 		if err != nil {
 			return err
 		}
-		return w.families(func(family int, src net.IP) error {
-			if err := nl.RouteReplace(defaultToLo(family, lo.Attrs().Index, src)); err != nil {
-				return fmt.Errorf("add route to table %d: %w", table, err)
-			}
-			for _, r := range rules(family) {
-				if err := nl.RuleAdd(r); err != nil && !errors.Is(err, unix.EEXIST) {
-					return fmt.Errorf("add rule %d: %w", r.Priority, err)
-				}
-			}
-			return nil
-		})
+		if err := nl.RouteReplace(defaultToLo(family, lo.Attrs().Index, src)); err != nil {
+			return fmt.Errorf("add route to table %d: %w", table, err)
+		}
+		return addRules(nl, rules(family)[:1])
+	})
+}
+
+// addCapture makes the other rules. The capturing one is last, so that it never
+// holds without the others.
+func (w place) addCapture(ns *netns.NS) error {
+	return w.add(ns, func(nl *netlink.Handle, family int, _ net.IP) error {
+		return addRules(nl, rules(family)[1:])
+	})
+}
+
+func (w place) add(ns *netns.NS, f func(nl *netlink.Handle, family int, src net.IP) error) error {
+	err := routed(ns, func(nl *netlink.Handle) error {
+		return w.families(func(family int, src net.IP) error { return f(nl, family, src) })
 	})
 	if err != nil {
 		return fmt.Errorf("set up the pod's routing: %w", err)
+	}
+	return nil
+}
+
+func addRules(nl *netlink.Handle, list []*netlink.Rule) error {
+	for _, r := range list {
+		if err := nl.RuleAdd(r); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("add rule %d: %w", r.Priority, err)
+		}
 	}
 	return nil
 }

@@ -203,6 +203,10 @@ func (x *proxy) relay(c *net.TCPConn, s seen) {
 	if !x.hold(c) {
 		return
 	}
+	if s.role == "hb" {
+		io.Copy(io.Discard, c) // a tunnel; nobody speaks that here
+		return
+	}
 	u, err := x.dial(s)
 	if err != nil {
 		c.SetLinger(0)
