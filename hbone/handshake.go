@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"time"
 
+	"github.com/weft-mesh/weft/hbone/record"
 	"github.com/weft-mesh/weft/identity"
 	"github.com/weft-mesh/weft/mesh"
 	"golang.org/x/sync/semaphore"
@@ -64,7 +65,7 @@ func (c *slotConn) without(f func([]byte) (int, error), p []byte) (int, error) {
 
 // shake runs the TLS handshake over c, which it closes if it fails. The
 // handshake ends with ctx or after timeout.
-func shake(ctx context.Context, c net.Conn, cfg *tls.Config, role Role, timeout time.Duration, slots *semaphore.Weighted, who PeerFunc) (*tls.Conn, mesh.Identity, error) {
+func shake(ctx context.Context, c net.Conn, cfg *tls.Config, role Role, timeout time.Duration, slots *semaphore.Weighted, who PeerFunc) (*record.Conn, mesh.Identity, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no handshake within %v", timeout))
 	defer cancel()
 	conn, peer, err := shakeNow(ctx, c, cfg, role, slots, who)
@@ -78,7 +79,7 @@ func shake(ctx context.Context, c net.Conn, cfg *tls.Config, role Role, timeout 
 	return conn, peer, nil
 }
 
-func shakeNow(ctx context.Context, c net.Conn, cfg *tls.Config, role Role, slots *semaphore.Weighted, who PeerFunc) (*tls.Conn, mesh.Identity, error) {
+func shakeNow(ctx context.Context, c net.Conn, cfg *tls.Config, role Role, slots *semaphore.Weighted, who PeerFunc) (*record.Conn, mesh.Identity, error) {
 	if cfg == nil || cfg.VerifyConnection == nil {
 		return nil, mesh.Identity{}, errors.New("no TLS configuration that verifies the peer")
 	}
@@ -92,13 +93,12 @@ func shakeNow(ctx context.Context, c net.Conn, cfg *tls.Config, role Role, slots
 			slot.slots = nil
 		}
 	}()
-	var conn *tls.Conn
+	handshake := record.Client
 	if role == ServerRole {
-		conn = tls.Server(slot, cfg)
-	} else {
-		conn = tls.Client(slot, cfg)
+		handshake = record.Server
 	}
-	if err := conn.HandshakeContext(ctx); err != nil {
+	conn, err := handshake(ctx, slot, cfg)
+	if err != nil {
 		return nil, mesh.Identity{}, err
 	}
 	cs := conn.ConnectionState()
@@ -112,20 +112,13 @@ func shakeNow(ctx context.Context, c net.Conn, cfg *tls.Config, role Role, slots
 	return conn, peer, err
 }
 
-// tlsConfig returns cfg with what the tunnel itself needs of TLS.
+// tlsConfig returns cfg with what the tunnel itself needs of TLS. The rest is
+// package record's: TLS 1.3 only, and no session is resumed.
 func tlsConfig(cfg *tls.Config) *tls.Config {
 	if cfg == nil {
 		return nil
 	}
 	cfg = cfg.Clone()
-	cfg.MinVersion = tls.VersionTLS13
-	// Small records at the start of a connection help browsers, and here only
-	// cost.
-	cfg.DynamicRecordSizingDisabled = true
-	// Pods share an address space of caches, not identities: nothing is
-	// resumed.
-	cfg.SessionTicketsDisabled = true
-	cfg.ClientSessionCache = nil
 	cfg.NextProtos = []string{"h2"}
 	return cfg
 }

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/weft-mesh/weft/hbone/record"
 	"github.com/weft-mesh/weft/internal/http2"
 	"github.com/weft-mesh/weft/mesh"
 )
@@ -21,15 +22,13 @@ const (
 	turn = 64 << 10
 	// flushPatience is how long a peer may take to read our last words.
 	flushPatience = time.Second
-	// readLen is what is read at once: a TLS record.
-	readLen = chunkLen
 )
 
 // A link drives one Tunnel over a connection: run reads, one goroutine writes
 // all that is queued at once, and a timer keeps the peer honest. Streams and
 // pool call it from any goroutine.
 type link struct {
-	conn   *tls.Conn
+	conn   *record.Conn
 	peer   mesh.Identity
 	now    func() time.Time
 	handle func(id uint32, authority string, h Header) // server: called with mu held
@@ -50,9 +49,12 @@ type link struct {
 	ended   bool
 	flush   bool  // the writer sends what is queued before it closes
 	err     error // why it ended; nil when it was in order
+	// writeErr is why nothing can be written any more. The link ends when the
+	// reader has heard what else there is.
+	writeErr error
 }
 
-func newLink(conn *tls.Conn, peer mesh.Identity, role Role, l Limits) (*link, error) {
+func newLink(conn *record.Conn, peer mesh.Identity, role Role, l Limits) (*link, error) {
 	now := time.Now()
 	t, err := NewTunnel(role, l, now)
 	if err != nil {
@@ -82,33 +84,44 @@ func (l *link) run() error {
 
 // readLoop feeds the tunnel until the link ends.
 func (l *link) readLoop() {
-	buf := make([]byte, readLen)
 	for {
-		n, readErr := l.conn.Read(buf)
+		p, readErr := l.conn.Next()
 		l.mu.Lock()
 		if l.ended {
 			l.mu.Unlock()
 			return
 		}
-		if n > 0 {
-			if err := l.tunnel.Receive(l.now(), buf[:n], l); err != nil {
+		if len(p) > 0 {
+			if err := l.tunnel.Receive(l.now(), p, l); err != nil {
 				l.end(err, true)
 			} else {
 				l.settle()
 			}
 		}
-		if readErr != nil && !l.ended {
-			if errors.Is(readErr, io.EOF) && l.tunnel.Streams() == 0 {
-				l.end(nil, false)
-			} else {
-				l.end(fmt.Errorf("read from the tunnel: %w", readErr), false)
-			}
+		if readErr != nil {
+			l.endRead(readErr)
 		}
 		ended := l.ended
 		l.mu.Unlock()
 		if ended {
 			return
 		}
+	}
+}
+
+// endRead ends the link because nothing more can be read. The caller holds mu.
+func (l *link) endRead(err error) {
+	var alert tls.AlertError
+	cutOff := !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) || l.tunnel.Streams() > 0
+	switch {
+	case errors.As(err, &alert):
+		l.end(fmt.Errorf("the peer ended the tunnel: %w", err), false)
+	case l.writeErr != nil:
+		l.end(fmt.Errorf("write to the tunnel: %w", l.writeErr), false)
+	case cutOff:
+		l.end(fmt.Errorf("read from the tunnel: %w", err), false)
+	default:
+		l.end(nil, false)
 	}
 }
 
@@ -131,9 +144,16 @@ func (l *link) writeLoop() {
 			l.mu.Lock()
 			l.spare = out[:0]
 			if err != nil {
-				l.end(fmt.Errorf("write to the tunnel: %w", err), false)
+				l.writeErr = err
 			}
 			l.mu.Unlock()
+			if err != nil && !ended {
+				// The peer may have said why, and the reader is about to hear
+				// it: with TLS 1.3 that is how a refused certificate shows.
+				_ = l.conn.SetReadDeadline(time.Now().Add(flushPatience))
+				<-l.done
+				continue
+			}
 		}
 		if ended {
 			// Closing again what end has closed is harmless, and a write that

@@ -160,6 +160,8 @@ func (p *Pool) Connect(ctx context.Context, t Target, authority string, h Header
 			continue // others filled it, or it ended, since we chose it
 		case errors.Is(err, ErrDraining):
 			err = l.cause()
+		case errors.As(err, &aborted) && fresh && l.useless():
+			err = l.cause() // not a stale tunnel, but a peer that does not want us
 		case errors.As(err, &aborted) && aborted.refused && tries < maxTries:
 			tries++
 			continue

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"math/rand/v2"
 	"sync"
 	"syscall"
 	"testing"
@@ -18,13 +17,8 @@ import (
 func TestEcho(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, echo)
-		rnd := rand.New(rand.NewPCG(1, 2))
 		for _, n := range []int{0, 1, 1000, 16384, 16385, 300_000, 7 << 20} {
-			p := make([]byte, n)
-			for i := range p {
-				p[i] = byte(rnd.Uint32())
-			}
-			exchange(t, w.connect(), p)
+			exchange(t, w.connect(), payload(n))
 		}
 		if n := w.dials.Load(); n != 1 {
 			t.Errorf("%d tunnels for one target", n)
