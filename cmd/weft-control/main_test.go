@@ -125,7 +125,7 @@ clusters: [{name: c, cluster: {server: "http://%s"}}], users: [{name: u}], conte
 	wait("live", func() bool { code, _ := get("/healthz/live"); return code == http.StatusOK })
 	wait("said what to do", func() bool {
 		s := log.String()
-		return strings.Contains(s, "cannot watch the Kubernetes API") && strings.Contains(s, "there is no CA yet") && strings.Contains(s, "check that the API server is up")
+		return strings.Contains(s, "cannot use the Kubernetes API") && strings.Contains(s, "there is no CA yet") && strings.Contains(s, "check that the API server is up")
 	})
 	if code, body := get("/healthz/ready"); code != http.StatusServiceUnavailable || body != "waiting for the CA, the cluster\n" {
 		t.Errorf("ready: %d %q", code, body)

@@ -53,7 +53,9 @@ func (b *BundleWriter) Run(ctx context.Context) error {
 		o.FieldSelector = fields.OneTermEqualSelector("metadata.name", BundleName).String()
 	})
 	_ = bundles.SetTransform(strip) // fails only once the informer has started
-	_ = bundles.SetWatchErrorHandlerWithContext(func(_ context.Context, _ *cache.Reflector, err error) { b.Watcher.outage.report("ConfigMap", err) })
+	_ = bundles.SetWatchErrorHandlerWithContext(func(_ context.Context, _ *cache.Reflector, err error) {
+		b.Watcher.outage.report("watching ConfigMap", err)
+	})
 	onMap, err := bundles.AddEventHandler(enqueue(queue, func(o metav1.Object) string { return o.GetNamespace() }))
 	if err != nil {
 		return fmt.Errorf("watch trust bundles: %w", err)

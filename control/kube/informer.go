@@ -69,7 +69,7 @@ func (w *Watcher) wire(inf cache.SharedIndexInformer, kind string, changed func(
 	// The three calls fail only on an informer that has been started or
 	// stopped; this one was made a moment ago.
 	_ = inf.SetTransform(strip)
-	_ = inf.SetWatchErrorHandlerWithContext(func(_ context.Context, _ *cache.Reflector, err error) { w.outage.report(kind, err) })
+	_ = inf.SetWatchErrorHandlerWithContext(func(_ context.Context, _ *cache.Reflector, err error) { w.outage.report("watching "+kind, err) })
 	_, _ = inf.AddEventHandler(cache.ResourceEventHandlerFuncs{
 		AddFunc: func(o any) { event("add", nil, o) },
 		UpdateFunc: func(before, after any) {
@@ -145,7 +145,7 @@ func (o *optionalInformer) run(ctx context.Context) error {
 			o.log.Info("kind is installed now", "resource", o.resource.GroupResource().String())
 		}
 		if err != nil && !missing {
-			o.outage.report(o.resource.Resource, err)
+			o.outage.report("watching "+o.resource.Resource, err)
 		}
 		return err
 	})
@@ -174,8 +174,8 @@ func (o *optionalInformer) known() bool {
 	return absent || o.informer.HasSynced()
 }
 
-// An outage logs failing watches: the first of each kind at once, and then
-// now and again while they last.
+// An outage logs failing calls of the API server: the first of each purpose
+// at once, and then now and again while they last.
 type outage struct {
 	log   *slog.Logger
 	every time.Duration
@@ -184,8 +184,9 @@ type outage struct {
 	last map[string]time.Time
 }
 
-// report logs that the watch of a kind failed with err, and what to do.
-func (o *outage) report(kind string, err error) {
+// report logs that what is done for the given purpose failed with err, and
+// what to do.
+func (o *outage) report(purpose string, err error) {
 	if err == nil || errors.Is(err, io.EOF) || errors.Is(err, context.Canceled) || apierrors.IsResourceExpired(err) || apierrors.IsGone(err) {
 		return // the ordinary end of a watch; the informer starts another
 	}
@@ -193,15 +194,15 @@ func (o *outage) report(kind string, err error) {
 	if o.last == nil {
 		o.last = map[string]time.Time{}
 	}
-	quiet := time.Since(o.last[kind]) < o.every
+	quiet := time.Since(o.last[purpose]) < o.every
 	if !quiet {
-		o.last[kind] = time.Now()
+		o.last[purpose] = time.Now()
 	}
 	o.mu.Unlock()
 	if quiet {
 		return
 	}
-	o.log.Error("cannot watch the Kubernetes API; what was read last stays in force", "kind", kind, "error", err, "do", remedy(err))
+	o.log.Error("cannot use the Kubernetes API; what was read last stays in force", "for", purpose, "error", err, "do", remedy(err))
 }
 
 // remedy says what the person on call can do about err.

@@ -65,8 +65,9 @@ type Watcher struct {
 	synced   chan struct{}
 	outage   outage
 
-	events  *prometheus.CounterVec
-	compile prometheus.Histogram
+	events    *prometheus.CounterVec
+	compile   prometheus.Histogram
+	reachable prometheus.Gauge
 }
 
 // The kinds that a custom resource definition must exist for. Every served
@@ -100,6 +101,10 @@ func NewWatcher(cfg WatcherConfig) *Watcher {
 			Buckets: prometheus.ExponentialBuckets(0.001, 2, 14),
 		}),
 	}
+	w.reachable = factory.NewGauge(prometheus.GaugeOpts{
+		Name: "weft_control_api_server_reachable",
+		Help: "1 while the Kubernetes API server answers.",
+	})
 	w.statuses.changed = make(chan struct{})
 	w.makeInformers()
 	return w
@@ -111,7 +116,7 @@ func (w *Watcher) Synced() <-chan struct{} { return w.synced }
 
 // Run watches the cluster until ctx ends. It returns only then.
 func (w *Watcher) Run(ctx context.Context) error {
-	tasks := []run.Task{w.loop}
+	tasks := []run.Task{w.loop, w.ping}
 	for _, inf := range []cache.SharedIndexInformer{w.pods, w.nodes, w.services, w.slices, w.namespaces} {
 		tasks = append(tasks, runInformer(inf))
 	}

@@ -7,7 +7,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -317,4 +319,36 @@ func TestQueueWaitsForQuiet(t *testing.T) {
 	if got, wait := take(); got || wait != 0 {
 		t.Fatal("the world was taken twice")
 	}
+}
+
+// TestOutage proves that a long outage has its line, that it is not repeated
+// with every try, and that its end is told.
+func TestOutage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client := fake.NewClientset()
+		var down atomic.Bool
+		client.PrependReactor("get", "version", func(clienttesting.Action) (bool, runtime.Object, error) {
+			if down.Load() {
+				return true, nil, errors.New("connection refused")
+			}
+			return false, nil, nil
+		})
+		var log logBook
+		w := NewWatcher(WatcherConfig{Client: client, Dynamic: dynamicClient(), Sink: newSink(), Log: log.logger()})
+		start(t, w.ping)
+		time.Sleep(time.Minute)
+		if log.count("Kubernetes API") != 0 {
+			t.Error("an API server that answers is complained about")
+		}
+		down.Store(true)
+		time.Sleep(2 * time.Minute)
+		if n := log.count("check that the API server is up"); n < 2 || n > 5 {
+			t.Errorf("%d lines in 2 minutes of outage, want about one every 30 s", n)
+		}
+		down.Store(false)
+		time.Sleep(10 * time.Second)
+		if log.count("is back") != 1 {
+			t.Error("no line says that the API server is back")
+		}
+	})
 }

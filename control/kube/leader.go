@@ -9,10 +9,12 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/leaderelection"
 	"k8s.io/client-go/tools/leaderelection/resourcelock"
+	"k8s.io/klog/v2"
 
 	"github.com/weft-mesh/weft/internal/run"
 )
@@ -45,14 +47,18 @@ func RunLeader(ctx context.Context, cfg LeaderConfig) error {
 		Name: "weft_control_leader", Help: "1 while this process is the one that writes to the Kubernetes API.",
 	})
 	terms := make(chan term)
-	lock := &resourcelock.LeaseLock{
-		LeaseMeta:  metav1.ObjectMeta{Namespace: cfg.Namespace, Name: LeaseName},
-		Client:     cfg.Client.CoordinationV1(),
-		LockConfig: resourcelock.ResourceLockConfig{Identity: cfg.Identity},
+	lock := &loggedLock{
+		Interface: &resourcelock.LeaseLock{
+			LeaseMeta:  metav1.ObjectMeta{Namespace: cfg.Namespace, Name: LeaseName},
+			Client:     cfg.Client.CoordinationV1(),
+			LockConfig: resourcelock.ResourceLockConfig{Identity: cfg.Identity},
+		},
+		outage: outage{log: cfg.Log, every: 30 * time.Second},
 	}
 	elect := func(ctx context.Context) error {
 		for ctx.Err() == nil {
-			candidacy, resign := context.WithCancel(ctx)
+			// The elector has a line for every try; ours are in the lock.
+			candidacy, resign := context.WithCancel(klog.NewContext(ctx, klog.Logger{}))
 			elector, err := leaderelection.NewLeaderElector(leaderelection.LeaderElectionConfig{
 				Lock: lock, Name: LeaseName, ReleaseOnCancel: true,
 				LeaseDuration: 15 * time.Second, RenewDeadline: 10 * time.Second, RetryPeriod: 2 * time.Second,
@@ -96,4 +102,35 @@ func RunLeader(ctx context.Context, cfg LeaderConfig) error {
 		}
 	}
 	return run.All(ctx, elect, work)
+}
+
+// A loggedLock says why a Lease cannot be read or written, and what to do.
+type loggedLock struct {
+	resourcelock.Interface
+	outage outage
+}
+
+// Get reads the Lease.
+func (l *loggedLock) Get(ctx context.Context) (*resourcelock.LeaderElectionRecord, []byte, error) {
+	record, raw, err := l.Interface.Get(ctx)
+	return record, raw, l.report(err)
+}
+
+// Create makes the Lease.
+func (l *loggedLock) Create(ctx context.Context, r resourcelock.LeaderElectionRecord) error {
+	return l.report(l.Interface.Create(ctx, r))
+}
+
+// Update takes or renews the Lease.
+func (l *loggedLock) Update(ctx context.Context, r resourcelock.LeaderElectionRecord) error {
+	return l.report(l.Interface.Update(ctx, r))
+}
+
+// report passes err on. A Lease that is not there yet, or that somebody else
+// was faster to take, is no failure.
+func (l *loggedLock) report(err error) error {
+	if !apierrors.IsNotFound(err) && !apierrors.IsConflict(err) && !apierrors.IsAlreadyExists(err) {
+		l.outage.report("standing for election", err)
+	}
+	return err
 }
