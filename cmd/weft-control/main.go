@@ -16,10 +16,6 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
-	"k8s.io/client-go/dynamic"
-	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 
 	"github.com/weft-mesh/weft/control"
@@ -120,7 +116,7 @@ func program(ctx context.Context, args []string, getenv func(string) string, out
 	level.Set(parsed)
 	log := obs.NewLogger(out, cfg.logFormat, &level)
 	klog.SetSlogLogger(log) // client-go has no other way
-	client, dyn, err := connect(cfg.kubeconfig)
+	clients, err := kube.Connect(cfg.kubeconfig, "weft-control/"+version)
 	if err != nil {
 		return err
 	}
@@ -132,23 +128,23 @@ func program(ctx context.Context, args []string, getenv func(string) string, out
 		func(ctx context.Context) error { return obs.Serve(ctx, cfg.control.Health, health.Handler()) },
 		func(ctx context.Context) error { return control.ServeMetrics(ctx, cfg.control.Metrics, reg) },
 		func(ctx context.Context) error { return obs.Serve(ctx, cfg.control.Debug, obs.Debug(&level)) },
-		func(ctx context.Context) error { return serve(ctx, cfg, client, dyn, health, log, reg) },
+		func(ctx context.Context) error { return serve(ctx, cfg, clients, health, log, reg) },
 	)
 }
 
 // serve puts the service together and runs it until ctx ends.
-func serve(ctx context.Context, cfg config, client kubernetes.Interface, dyn dynamic.Interface, health *control.Health, log *slog.Logger, reg *prometheus.Registry) error {
+func serve(ctx context.Context, cfg config, clients kube.Clients, health *control.Health, log *slog.Logger, reg *prometheus.Registry) error {
 	c := cfg.control
 	authn := control.NewAuthenticator(control.AuthenticatorConfig{
 		Review: func(ctx context.Context, token, audience string) (control.Review, error) {
-			r, err := kube.ReviewToken(ctx, client, token, audience)
+			r, err := kube.ReviewToken(ctx, clients.Typed, token, audience)
 			return control.Review(r), err
 		},
 		Log: log, Registerer: reg,
 	})
 	feed := control.NewFeed(c, authn, log, reg)
 	watcher := kube.NewWatcher(kube.WatcherConfig{
-		Client: client, Dynamic: dyn, Settings: c.Settings(), Sink: feed, Log: log, Registerer: reg,
+		Client: clients.Typed, Dynamic: clients.Dynamic, Settings: c.Settings(), Sink: feed, Log: log, Registerer: reg,
 	})
 	synced := func(ctx context.Context) error {
 		select {
@@ -160,47 +156,22 @@ func serve(ctx context.Context, cfg config, client kubernetes.Interface, dyn dyn
 		return nil
 	}
 	withCA := func(ctx context.Context) error {
-		authority, err := control.OpenAuthority(ctx, kube.Secrets{Client: client, Namespace: c.Namespace}, c.TrustDomain, log)
+		authority, err := control.OpenAuthority(ctx, kube.Secrets{Client: clients.Typed, Namespace: c.Namespace}, c.TrustDomain, log)
 		if err != nil {
 			return nil // ctx has ended
 		}
 		service := control.NewService(control.Parts{
 			Config: c, Authority: authority, Authenticator: authn, Feed: feed, Pods: watcher, Log: log, Registerer: reg,
 		})
-		bundles := &kube.BundleWriter{Client: client, Watcher: watcher, Roots: authority.RootPEM, Log: log}
-		statuses := &kube.StatusWriter{Dynamic: dyn, Watcher: watcher, Log: log}
+		bundles := &kube.BundleWriter{Client: clients.Typed, Watcher: watcher, Roots: authority.RootPEM, Log: log}
+		statuses := &kube.StatusWriter{Dynamic: clients.Dynamic, Watcher: watcher, Log: log}
 		health.Ready("the CA")
 		return run.All(ctx, service.Run, func(ctx context.Context) error {
 			return kube.RunLeader(ctx, kube.LeaderConfig{
-				Client: client, Namespace: c.Namespace, Identity: cfg.identity,
+				Client: clients.Typed, Namespace: c.Namespace, Identity: cfg.identity,
 				Tasks: []run.Task{bundles.Run, statuses.Run}, Log: log, Registerer: reg,
 			})
 		})
 	}
 	return run.All(ctx, watcher.Run, synced, withCA)
-}
-
-// connect makes clients of the API server. It does not talk to it yet.
-func connect(kubeconfig string) (kubernetes.Interface, dynamic.Interface, error) {
-	rc, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
-	if kubeconfig == "" {
-		rc, err = rest.InClusterConfig()
-	}
-	if err != nil {
-		return nil, nil, fmt.Errorf("find the API server: %w", err)
-	}
-	rc.QPS, rc.Burst = 100, 200
-	rc.UserAgent = "weft-control/" + version
-	dyn, err := dynamic.NewForConfig(rc)
-	if err != nil {
-		return nil, nil, fmt.Errorf("connect to the API server: %w", err)
-	}
-	typed := rest.CopyConfig(rc)
-	typed.ContentType = "application/vnd.kubernetes.protobuf" // half the bytes and a third of the work
-	typed.AcceptContentTypes = "application/vnd.kubernetes.protobuf,application/json"
-	client, err := kubernetes.NewForConfig(typed)
-	if err != nil {
-		return nil, nil, fmt.Errorf("connect to the API server: %w", err)
-	}
-	return client, dyn, nil
 }
