@@ -87,6 +87,7 @@ func (d *demo) weft(ctx context.Context) error {
 		return err
 	}
 	d.quote(out)
+	d.a = a
 	out, err = a.Weft(ctx, d.c, "status")
 	if err != nil {
 		return err

@@ -133,11 +133,16 @@ func (d *demo) sameAsBefore(ctx context.Context) error {
 	return nil
 }
 
+// log returns what both ztunnels have logged in the last seconds.
+func (d *demo) log(ctx context.Context) (string, error) {
+	return d.c.Kubectl(ctx, "logs", "-n", "weft-system", "-l", "app=ztunnel", "-c", "istio-proxy", "--since=5s", "--tail=-1")
+}
+
 func (d *demo) identities(ctx context.Context) error {
 	const from, to = "spiffe://cluster.local/ns/web/sa/storefront", "spiffe://cluster.local/ns/shop/sa/catalog"
 	line := regexp.MustCompile(`(?m)^.*src\.identity="` + regexp.QuoteMeta(from) + `".*dst\.identity="` + regexp.QuoteMeta(to) + `".*direction="inbound".*$`)
 	return until(ctx, 20*time.Second, func() (bool, string, error) {
-		out, err := d.c.Kubectl(ctx, "logs", "-n", "weft-system", "-l", "app=ztunnel", "-c", "istio-proxy", "--tail=400")
+		out, err := d.log(ctx)
 		found := line.FindString(out)
 		if found == "" {
 			return false, "no line with both identities in ztunnel's log", err
@@ -195,7 +200,7 @@ func (d *demo) policy(ctx context.Context) error {
 func (d *demo) denial(ctx context.Context) error {
 	line := regexp.MustCompile(`(?m)^.*ns/web/sa/visitor.*error=.*(polic|denied).*$`)
 	return until(ctx, 20*time.Second, func() (bool, string, error) {
-		out, err := d.c.Kubectl(ctx, "logs", "-n", "weft-system", "-l", "app=ztunnel", "-c", "istio-proxy", "--tail=400")
+		out, err := d.log(ctx)
 		found := line.FindString(out)
 		if found != "" {
 			d.quote(found)
@@ -222,7 +227,22 @@ func (d *demo) unlabel(ctx context.Context) error {
 		return fmt.Errorf("plain text between the nodes again: %w", err)
 	}
 	d.say("After %.1fs the wire shows plain text again, and no tunnel.", time.Since(at).Seconds())
-	return nil
+	err = until(ctx, 30*time.Second, func() (bool, string, error) {
+		out, err := d.a.Weft(ctx, d.c, "status")
+		return strings.Count(out, " installed   0 ") == 2, out, err
+	})
+	if err != nil {
+		return fmt.Errorf("both nodes let their pods go: %w", err)
+	}
+	d.say("After %.1fs no pod is captured any more. A few more requests, to be sure:", time.Since(at).Seconds())
+	s, err := d.stats(ctx, "storefront")
+	if err != nil {
+		return err
+	}
+	return until(ctx, 30*time.Second, func() (bool, string, error) {
+		now, err := d.stats(ctx, "storefront")
+		return now.OK+now.Failed > s.OK+s.Failed+100, fmt.Sprintf("%d requests since", now.OK-s.OK), err
+	})
 }
 
 func (d *demo) count(ctx context.Context) error {

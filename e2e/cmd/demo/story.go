@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/weft-mesh/weft/e2e/cluster"
+	"github.com/weft-mesh/weft/e2e/install"
 	"github.com/weft-mesh/weft/e2e/wire"
 )
 
@@ -23,6 +24,7 @@ type demo struct {
 	start time.Time
 	out   io.Writer
 	c     *cluster.Cluster
+	a     install.Artifacts
 	tap   *wire.Tap
 	pods  []pod
 }
