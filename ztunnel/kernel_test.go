@@ -16,6 +16,7 @@ import (
 
 	"github.com/weft-mesh/weft/internal/handoff"
 	"github.com/weft-mesh/weft/internal/testnet"
+	"github.com/weft-mesh/weft/mesh"
 	"github.com/weft-mesh/weft/node/capture"
 )
 
@@ -41,7 +42,7 @@ func (w *world) realNode(host *testnet.Node, bpffs string) *realNode {
 }
 
 // enrol captures a pod and publishes it.
-func (n *realNode) enrol(p *testnet.Pod) {
+func (n *realNode) enrol(p *testnet.Pod) *capture.Pod {
 	t := n.world.t
 	t.Helper()
 	uid := "uid-" + p.Name
@@ -64,6 +65,7 @@ func (n *realNode) enrol(p *testnet.Pod) {
 		t.Fatal(err)
 	}
 	n.world.change(func(w *world) { w.ws = append(w.ws, workload(p.Name, p.V4.String(), p.V6.String())) })
+	return captured
 }
 
 // A street is two nodes with a captured pod each, and one outside the mesh.
@@ -72,6 +74,7 @@ type street struct {
 	net            *testnet.World
 	one, two       *realNode
 	client, server *testnet.Pod
+	capturedServer *capture.Pod
 	outside        *testnet.Host
 }
 
@@ -84,7 +87,7 @@ func newStreet(t *testing.T) *street {
 	s.outside = net.Host("outside")
 	s.client, s.server = s.one.host.Pod("client", testnet.Routed), s.two.host.Pod("server", testnet.Bridged)
 	s.one.enrol(s.client)
-	s.two.enrol(s.server)
+	s.capturedServer = s.two.enrol(s.server)
 	return s
 }
 
@@ -354,4 +357,52 @@ func TestProxyRestart(t *testing.T) {
 		t.Errorf("a connection made while the proxy was away: %v", err)
 	}
 	next.logged(`direction="inbound"`)
+}
+
+// A pod leaves the mesh: what is open goes on, what is new goes direct.
+func TestLeavingKeepsConnections(t *testing.T) {
+	s := newStreet(t)
+	serveApp(t, s.server.Host, ":8080")
+	to := netip.AddrPortFrom(s.server.V4, 8080)
+	open := func(h *testnet.Host) net.Conn {
+		c, err := h.Dial(to)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.SetDeadline(time.Now().Add(30 * time.Second))
+		for b := make([]byte, 1); b[0] != '\n'; { // the greeting
+			if _, err := io.ReadFull(c, b); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return c
+	}
+	tunnelled, plain := open(s.client.Host), open(s.outside)
+	// The order of the node agent: the peers are told, the capture ends, the
+	// proxy is told.
+	s.change(func(w *world) {
+		for i := range w.ws {
+			if w.ws[i].Name.Name == "server" {
+				w.ws[i].Transport = mesh.PlainTCP
+			}
+		}
+	})
+	if err := s.capturedServer.Detach(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.two.Del("uid-server")
+	for name, c := range map[string]net.Conn{"tunnelled": tunnelled, "plain": plain} {
+		if err := roundTrip(c, "after"); err != nil {
+			t.Errorf("the %s connection: %v", name, err)
+		}
+	}
+	before := len(s.two.flows.all())
+	for _, h := range []*testnet.Host{s.client.Host, s.outside} {
+		if _, err := greeting(h, to, "direct"); err != nil {
+			t.Errorf("a new connection from %s: %v", h.Name, err)
+		}
+	}
+	if after := len(s.two.flows.all()); after != before {
+		t.Errorf("%d connections in the proxy, before it were %d", after, before)
+	}
 }

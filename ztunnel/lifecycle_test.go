@@ -131,6 +131,34 @@ func TestDelStopsAcceptingAndLetsConnectionsEnd(t *testing.T) {
 	p.serverNode.Del(p.server.uid) // once more is no error
 }
 
+// A connection whose handshake is over but that was not accepted yet when its
+// pod leaves is served, not reset.
+func TestDelServesTheBacklog(t *testing.T) {
+	w := newWorld(t)
+	n := w.node(nil)
+	w.change(func(*world) {})
+	e, p := w.entry("client", freshAddr())
+	p.node = n
+	n.enter = enterWith(p)
+	id := identityOf("shop", "client")
+	q, err := newPod(n.Proxy, e.Pod, id, "slow", e.Files)
+	if err != nil {
+		t.Fatal(err)
+	}
+	outside := netip.AddrPortFrom(freshAddr(), p.port)
+	p.outlet.route(outside, startApp(t, "127.0.0.1:0", echo))
+	c := p.dial(outside) // nobody accepts yet
+	n.mu.Lock()
+	n.pods[p.uid], n.owners[q.owner] = q, q
+	n.cfg.Identity.Warm(id)
+	n.mu.Unlock()
+	q.start()
+	n.Del(p.uid)
+	if err := roundTrip(c, "late"); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestLeaveTimeoutEndsTheRest(t *testing.T) {
 	w := newWorld(t)
 	n := w.node(func(c *Config) { c.LeaveTimeout = 50 * time.Millisecond })

@@ -110,7 +110,7 @@ func (q *pod) accept(l *net.TCPListener, serve func(*net.TCPConn)) {
 			})
 			continue
 		}
-		if q.serving.Err() != nil || errors.Is(err, net.ErrClosed) {
+		if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, net.ErrClosed) || q.serving.Err() != nil {
 			return
 		}
 		// Out of files or memory: those in the backlog wait.
@@ -147,8 +147,18 @@ func (q *pod) serveHBONE(c *net.TCPConn) {
 	}
 }
 
-// stop accepts nothing more, and tells those at the other ends of tunnels.
-func (q *pod) stop() {
+// stop accepts what arrives within linger, then nothing more, and tells those
+// at the other ends of tunnels.
+func (q *pod) stop(linger time.Duration) {
+	if linger > 0 {
+		until := time.Now().Add(linger)
+		for _, l := range q.listeners {
+			if l != nil {
+				l.SetDeadline(until) // fails only if it is closed
+			}
+		}
+		q.accepts.Wait()
+	}
 	q.stopServing()
 	q.closeListeners()
 	q.accepts.Wait()

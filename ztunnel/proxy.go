@@ -20,6 +20,7 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
@@ -72,6 +73,10 @@ const (
 	// tunnelTimeout bounds everything until a tunnel's 200: certificate,
 	// connect, handshake, and the connect at the other end.
 	tunnelTimeout = 20 * time.Second
+	// linger is how long a pod that leaves is still accepted for. Its capture
+	// has ended by then; this is for handshakes that were under way, which
+	// would be reset with their listener.
+	linger = 30 * time.Millisecond
 	// countPause is how often the bytes of open connections are counted.
 	countPause = 5 * time.Second
 )
@@ -146,7 +151,7 @@ func (p *Proxy) drain() {
 	pods := p.pods
 	p.pods = make(map[string]*pod)
 	for _, q := range pods {
-		p.leave(q, p.cfg.DrainTimeout)
+		p.leave(q, 0, p.cfg.DrainTimeout) // the agent keeps the listeners
 	}
 	owners := len(p.owners)
 	p.mu.Unlock()
@@ -180,6 +185,7 @@ func (p *Proxy) Add(ctx context.Context, info handoff.Pod, f handoff.Files) erro
 		f.Close()
 		return err
 	}
+	info.Addresses = slices.Clone(info.Addresses)
 	for i, a := range info.Addresses {
 		info.Addresses[i] = a.Unmap()
 	}
@@ -201,12 +207,12 @@ func (p *Proxy) Add(ctx context.Context, info handoff.Pod, f handoff.Files) erro
 		f.Close()
 		return fmt.Errorf("serve pod %s/%s: %w", info.Namespace, info.Name, err)
 	}
-	if old != nil {
-		p.leave(old, p.cfg.LeaveTimeout)
-	}
 	p.pods[info.UID] = q
 	p.owners[q.owner] = q
 	p.telemetry.pods.Set(float64(len(p.pods)))
+	if old != nil {
+		p.leave(old, 0, p.cfg.LeaveTimeout)
+	}
 	p.cfg.Identity.Warm(id)
 	q.start()
 	p.cfg.Log.Info("serving pod", "pod", info.Name, "namespace", info.Namespace, "identity", id)
@@ -215,23 +221,28 @@ func (p *Proxy) Add(ctx context.Context, info handoff.Pod, f handoff.Files) erro
 
 // Del accepts no more connections of a pod and lets the open ones end.
 func (p *Proxy) Del(uid string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if q := p.pods[uid]; q != nil {
-		delete(p.pods, uid)
-		p.leave(q, p.cfg.LeaveTimeout)
-	}
+	p.dismiss(func(u string) bool { return u == uid })
 }
 
 // SnapshotEnd lets every pod leave that is not in kept.
 func (p *Proxy) SnapshotEnd(kept map[string]bool) {
+	p.dismiss(func(uid string) bool { return !kept[uid] })
+}
+
+// dismiss lets the pods leave whose UID is meant, and returns when nothing of
+// theirs is accepted any more.
+func (p *Proxy) dismiss(meant func(uid string) bool) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
+	var stopped []<-chan struct{}
 	for uid, q := range p.pods {
-		if !kept[uid] {
+		if meant(uid) {
 			delete(p.pods, uid)
-			p.leave(q, p.cfg.LeaveTimeout)
+			stopped = append(stopped, p.leave(q, linger, p.cfg.LeaveTimeout))
 		}
+	}
+	p.mu.Unlock()
+	for _, s := range stopped {
+		<-s
 	}
 }
 
@@ -251,14 +262,16 @@ func (p *Proxy) Held() []handoff.Entry {
 	return held
 }
 
-// leave starts the end of q: it returns when q accepts nothing more. p.mu is
-// held.
-func (p *Proxy) leave(q *pod, timeout time.Duration) {
-	q.stop()
+// leave starts the end of q. The channel is closed when q accepts nothing
+// more. p.mu is held, and q is out of p.pods.
+func (p *Proxy) leave(q *pod, linger, timeout time.Duration) <-chan struct{} {
 	p.telemetry.pods.Set(float64(len(p.pods)))
 	info := q.info.Load()
 	p.cfg.Log.Info("pod leaves", "pod", info.Name, "namespace", info.Namespace)
+	stopped := make(chan struct{})
 	p.leaving.Go(func() {
+		q.stop(linger)
+		close(stopped)
 		q.finish(timeout)
 		p.pool.CloseOwner(q.owner)
 		p.cfg.Identity.Forget(q.id)
@@ -267,6 +280,7 @@ func (p *Proxy) leave(q *pod, timeout time.Duration) {
 		defer p.mu.Unlock()
 		delete(p.owners, q.owner)
 	})
+	return stopped
 }
 
 // await returns the current View as soon as ok holds for it, and at the latest
