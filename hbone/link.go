@@ -133,7 +133,7 @@ func (l *link) writeLoop() {
 		l.fill()
 		ended := l.ended
 		var out []byte
-		if !ended || l.flush {
+		if len(l.tunnel.Output()) > 0 && (!ended || l.flush) {
 			out = l.tunnel.TakeOutput(l.spare)
 			l.spare = nil
 			l.taken += uint64(len(out))

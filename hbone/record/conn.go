@@ -41,8 +41,8 @@ type Conn struct {
 
 	writeMu  sync.Mutex
 	seal     *Sealer
-	out      []byte
-	writeErr error // final: a record may have gone out in part
+	small    []byte // memory for sealing a record or less
+	writeErr error  // final: a record may have gone out in part
 
 	owed   atomic.Bool // the peer has asked us to change our key
 	closed atomic.Bool
@@ -267,7 +267,13 @@ func (c *Conn) Write(p []byte) (int, error) {
 
 // send seals p and writes it. The caller holds writeMu.
 func (c *Conn) send(p []byte) error {
-	out := c.out[:0]
+	out := c.small[:0]
+	if len(p) > MaxPlaintext {
+		// Many connections are idle at a time, and few send much.
+		buf := sealBuffers.Get().(*sealBuffer)
+		defer sealBuffers.Put(buf)
+		out = buf[:0]
+	}
 	var err error
 	if c.owed.Swap(false) {
 		if out, err = c.seal.Update(out, false); err != nil {
@@ -277,16 +283,18 @@ func (c *Conn) send(p []byte) error {
 	if out, err = c.seal.Seal(out, p); err != nil {
 		return err
 	}
-	_, err = c.conn.Write(out)
-	c.out = nil
-	if cap(out) <= keepLen {
-		c.out = out[:0]
+	if len(p) <= MaxPlaintext {
+		c.small = out
 	}
+	_, err = c.conn.Write(out)
 	return err
 }
 
-// keepLen is the memory for sealing that an idle connection keeps.
-const keepLen = 32 << 10
+// sealBuffer has room for sealLen bytes, sealed, and two KeyUpdates.
+type sealBuffer [sealLen + (sealLen/MaxPlaintext+3)*64]byte
+
+// sealBuffers caches memory between connections. It holds only ciphertext.
+var sealBuffers = sync.Pool{New: func() any { return new(sealBuffer) }}
 
 // Close says so to the peer, unless a Write is under way, which it ends, and
 // closes the connection below.
