@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -18,6 +19,8 @@ import (
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
+
+	"github.com/weft-mesh/weft/e2e/cluster/internal/nodespec"
 )
 
 // A cluster of its own: interrupted while it comes up, brought up twice at
@@ -29,7 +32,11 @@ func TestCluster(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("makes namespaces, mounts and cgroups: not root")
 	}
-	o := Options{ID: fmt.Sprintf("self-%d", os.Getpid()), State: filepath.Join(t.TempDir(), "state"), Out: &testOutput{t: t}}
+	o, err := Options{ID: fmt.Sprintf("self-%d", os.Getpid()), Out: &testOutput{t: t}}.complete()
+	if err != nil {
+		t.Fatal(err)
+	}
+	sweep(t, o)
 	t.Cleanup(func() {
 		if c, err := Find(o); err == nil {
 			if t.Failed() {
@@ -53,6 +60,28 @@ func TestCluster(t *testing.T) {
 	t.Run("up mends what has crashed", func(t *testing.T) { mend(t, o, c) })
 	t.Run("the machine is untouched", func(t *testing.T) { checkMachineUntouched(t) })
 	t.Run("down leaves nothing", func(t *testing.T) { removeAll(t, o, c) })
+}
+
+// sweep removes the clusters of test processes that were killed.
+func sweep(t *testing.T, o Options) {
+	states, err := filepath.Glob(filepath.Join(o.Repo, "out", "cluster", "self-*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range states {
+		pid, err := strconv.Atoi(strings.TrimPrefix(filepath.Base(s), "self-"))
+		if err != nil {
+			continue
+		}
+		if _, err := nodespec.Find(pid); err == nil {
+			continue
+		}
+		if c, err := Find(Options{State: s}); err == nil {
+			if err := c.Down(t.Context()); err != nil {
+				t.Error(err)
+			}
+		}
+	}
 }
 
 // testOutput logs progress, a line at a time.

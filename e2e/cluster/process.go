@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/weft-mesh/weft/e2e/cluster/internal/nodespec"
 )
@@ -49,9 +50,6 @@ func (c *Cluster) ensure(ctx context.Context, s start) error {
 			return err
 		}
 	}
-	if err := os.Remove(c.pidFile(s.name)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
 	log, err := os.OpenFile(c.logFile(s.name), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return err
@@ -82,8 +80,12 @@ func (c *Cluster) ensure(ctx context.Context, s start) error {
 	return c.waitStarted(ctx, s.name, ended)
 }
 
-// waitStarted waits until the launched process has recorded itself.
+// waitStarted waits until the launched process has recorded itself, which is a
+// matter of milliseconds. It does so also when ctx has ended: what follows, a
+// down perhaps, must find the process.
 func (c *Cluster) waitStarted(ctx context.Context, name string, ended <-chan struct{}) error {
+	settle, cancel := context.WithTimeout(context.WithoutCancel(ctx), 20*time.Second)
+	defer cancel()
 	for {
 		if c.process(name).Running() {
 			return nil
@@ -96,8 +98,8 @@ func (c *Cluster) waitStarted(ctx context.Context, name string, ended <-chan str
 			return fmt.Errorf("%s did not start: %s", name, c.logTail(name, 3))
 		default:
 		}
-		if err := pause(ctx); err != nil {
-			return err
+		if err := pause(settle); err != nil {
+			return fmt.Errorf("%s did not start: %w", name, err)
 		}
 	}
 }

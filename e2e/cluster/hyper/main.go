@@ -1,6 +1,7 @@
 // Hyper is every program of a Kubernetes cluster in one binary: etcd,
-// kube-apiserver, kube-controller-manager, kube-scheduler, kubelet and
-// kube-proxy; and their client, kubectl. The first argument, or the name it is called by, chooses one.
+// kube-apiserver, kube-controller-manager, kube-scheduler, kubelet, kube-proxy
+// and their client, kubectl. The first argument, or the name it is called by,
+// chooses one.
 //
 // One binary is smaller and quicker to build than seven: they share nearly all
 // of their packages.

@@ -21,7 +21,8 @@ import (
 //
 // It joins the cgroups and the network namespace, and records itself in the
 // pid file, all before the program runs: a crash of the caller at any moment
-// leaves no process that cannot be found again.
+// leaves no process that cannot be found again. If the pid file tells of a
+// process that runs, launch does nothing: of two launches at once, one wins.
 func launch(args []string) error {
 	var netns, pidFile string
 	var cgroups []string
@@ -42,6 +43,11 @@ func launch(args []string) error {
 			return fmt.Errorf("join cgroup: %w", err)
 		}
 	}
+	unlock, running, err := claim(pidFile)
+	if err != nil || running {
+		return err
+	}
+	defer unlock()
 	// A program replaced by exec, and a child, are born in the namespaces of
 	// the thread that asked for them.
 	runtime.LockOSThread()
@@ -57,6 +63,30 @@ func launch(args []string) error {
 	if node {
 		return launchNode(pidFile, fs.Args())
 	}
+	return become(pidFile, fs.Args())
+}
+
+// claim takes the pid file for this launch, until unlock or the next exec, and
+// reports whether the process it tells of runs.
+func claim(pidFile string) (unlock func(), running bool, err error) {
+	f, err := os.OpenFile(pidFile+".lock", os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, false, fmt.Errorf("record process: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		f.Close()
+		return nil, false, fmt.Errorf("lock %s: %w", f.Name(), err)
+	}
+	p, err := nodespec.ReadProcess(pidFile)
+	if err != nil || p.Running() {
+		f.Close()
+		return nil, p.Running(), err
+	}
+	return func() { f.Close() }, false, nil
+}
+
+// become records this process and turns it into the program.
+func become(pidFile string, argv []string) error {
 	self, err := nodespec.Find(os.Getpid())
 	if err != nil {
 		return err
@@ -64,7 +94,7 @@ func launch(args []string) error {
 	if err := self.Write(pidFile); err != nil {
 		return fmt.Errorf("record process: %w", err)
 	}
-	return fmt.Errorf("run %s: %w", fs.Arg(0), syscall.Exec(fs.Arg(0), fs.Args(), os.Environ()))
+	return fmt.Errorf("run %s: %w", argv[0], syscall.Exec(argv[0], argv, os.Environ()))
 }
 
 // launchNode starts argv as process 1 of new namespaces and leaves it behind.

@@ -27,7 +27,9 @@ func Find(pid int) (Process, error) {
 	if len(fields) < 20 {
 		return Process{}, fmt.Errorf("read /proc/%d/stat: too short: %q", pid, s)
 	}
-	if fields[0] == "Z" || fields[0] == "X" {
+	// A first thread that is a zombie among others is a process that is still
+	// ending, and still holds its files and ports.
+	if threads := fields[17]; fields[0] == "X" || fields[0] == "Z" && (threads == "0" || threads == "1") {
 		return Process{}, fmt.Errorf("process %d has ended", pid)
 	}
 	start, err := strconv.ParseUint(fields[19], 10, 64)
