@@ -15,6 +15,7 @@ func TestSizes(t *testing.T) {
 		"flow":      {unsafe.Sizeof(CaptureFlow{}), 36},
 		"probe":     {unsafe.Sizeof(CaptureProbe{}), 40},
 		"exemption": {unsafe.Sizeof(CaptureExemption{}), 40},
+		"report":    {unsafe.Sizeof(SocketsReport{}), 20},
 	} {
 		if sizes[0] != sizes[1] {
 			t.Errorf("struct %s has %d bytes, want %d", name, sizes[0], sizes[1])

@@ -66,6 +66,19 @@ struct exemption {
 	__u32 syn_ok; /* not 0: was connecting when capture began, so its SYN may be sent again */
 };
 
+/* What a socket iterator did with a socket. */
+enum outcome {
+	OUTCOME_DONE = 1, /* kept, destroyed, or marked to stay */
+	OUTCOME_PENDING,  /* look again: its handshake with the app is not over */
+	OUTCOME_FAILED,
+};
+
+/* What a socket iterator writes for each socket that it cares about. */
+struct report {
+	enum outcome outcome;
+	__u8 local[16]; /* the socket's address, as in struct flow */
+};
+
 /* The proxy's sockets in this pod. An entry vanishes with the last descriptor
  * of the socket; a missing entry drops, so a dead proxy fails closed. */
 struct {

@@ -14,16 +14,6 @@ char LICENSE[] SEC("license") = "GPL";
 #define SO_MARK 36
 #define LOOPBACK_IFINDEX 1 /* the same in every namespace */
 
-// What an iterator reports to user space, one byte per socket.
-#define REPORT_DONE "d"    /* kept, destroyed, or marked to stay */
-#define REPORT_PENDING "p" /* look again: its handshake with the app is not over */
-#define REPORT_FAILED "f"
-
-static __always_inline void report(struct bpf_iter__tcp *ctx, const char *what)
-{
-	bpf_seq_write(ctx->meta->seq, what, 1);
-}
-
 // over_lo: is the connection, or the attempt, captured or the pod's with
 // itself? The interface of the last packet tells. There is none on record
 // while the socket is connecting, and often after it: a peer on the same
@@ -57,6 +47,22 @@ static __always_inline void flow_of(struct sock_common *skc, struct flow *f)
 	}
 	bpf_probe_read_kernel(f->local, sizeof(f->local), &skc->skc_v6_rcv_saddr);
 	bpf_probe_read_kernel(f->remote, sizeof(f->remote), &skc->skc_v6_daddr);
+}
+
+// Not inlined, so that the type gets into BTF, and from there into Go.
+static __noinline long write_report(struct seq_file *seq, struct report *r)
+{
+	return bpf_seq_write(seq, r, sizeof(*r));
+}
+
+static __always_inline void report(struct bpf_iter__tcp *ctx, struct sock_common *skc, enum outcome outcome)
+{
+	struct report r = { .outcome = outcome };
+	struct flow f __attribute__((aligned(8))) = {};
+
+	flow_of(skc, &f);
+	__builtin_memcpy(r.local, f.local, sizeof(r.local));
+	write_report(ctx->meta->seq, &r);
 }
 
 static __always_inline int is_connection(struct sock_common *skc)
@@ -100,7 +106,7 @@ int keep(struct bpf_iter__tcp *ctx)
 	if (!skc)
 		return 0;
 	if (is_pending(skc)) {
-		report(ctx, REPORT_PENDING);
+		report(ctx, skc, OUTCOME_PENDING);
 		return 0;
 	}
 	if (!is_connection(skc))
@@ -114,12 +120,12 @@ int keep(struct bpf_iter__tcp *ctx)
 	flow_of(skc, &k.flow);
 	have = bpf_sk_storage_get(&kept, tp, &k, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	if (!have || set_mark(tp, MARK_PROXY)) {
-		report(ctx, REPORT_FAILED);
+		report(ctx, skc, OUTCOME_FAILED);
 		return 0;
 	}
 	if (!same_flow(&have->flow, &k.flow))
 		*have = k;
-	report(ctx, REPORT_DONE);
+	report(ctx, skc, OUTCOME_DONE);
 	return 0;
 }
 
@@ -133,7 +139,8 @@ static __always_inline int to_itself(const struct flow *f)
 }
 
 // drain keeps captured connections with the proxy after the capturing rule is
-// gone: their mark selects a rule of its own.
+// gone: their mark selects a rule of its own. The proxy's ends of them get it
+// too, which changes nothing, for what is sent to the pod is local anyway.
 SEC("iter/tcp")
 int drain(struct bpf_iter__tcp *ctx)
 {
@@ -149,7 +156,7 @@ int drain(struct bpf_iter__tcp *ctx)
 		return 0;
 	mark = ((struct sock *)tp)->sk_mark;
 	if (mark == MARK_LOCAL) {
-		report(ctx, REPORT_DONE);
+		report(ctx, skc, OUTCOME_DONE);
 		return 0;
 	}
 	if (mark == MARK_PROXY || !over_lo(tp))
@@ -157,7 +164,7 @@ int drain(struct bpf_iter__tcp *ctx)
 	flow_of(skc, &f);
 	if (to_itself(&f))
 		return 0;
-	report(ctx, set_mark(tp, MARK_LOCAL) ? REPORT_FAILED : REPORT_DONE);
+	report(ctx, skc, set_mark(tp, MARK_LOCAL) ? OUTCOME_FAILED : OUTCOME_DONE);
 	return 0;
 }
 
@@ -179,7 +186,7 @@ int destroy(struct bpf_iter__tcp *ctx)
 	if (((struct sock *)tp)->sk_mark == MARK_PROXY)
 		return 0;
 	if (bpf_sock_destroy)
-		report(ctx, bpf_sock_destroy(skc) ? REPORT_FAILED : REPORT_DONE);
+		report(ctx, skc, bpf_sock_destroy(skc) ? OUTCOME_FAILED : OUTCOME_DONE);
 	return 0;
 }
 

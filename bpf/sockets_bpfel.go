@@ -48,6 +48,14 @@ type SocketsExemption struct {
 	SynOk uint32
 }
 
+type SocketsOutcome uint32
+
+const (
+	SocketsOutcomeOUTCOME_DONE    SocketsOutcome = 1
+	SocketsOutcomeOUTCOME_PENDING SocketsOutcome = 2
+	SocketsOutcomeOUTCOME_FAILED  SocketsOutcome = 3
+)
+
 type SocketsProbe struct {
 	_    structs.HostLayout
 	Flow struct {
@@ -58,6 +66,12 @@ type SocketsProbe struct {
 		RemotePort uint16
 	}
 	Pod uint32
+}
+
+type SocketsReport struct {
+	_       structs.HostLayout
+	Outcome SocketsOutcome
+	Local   [16]uint8
 }
 
 type SocketsRole uint32

@@ -1,11 +1,12 @@
 package capture
 
 import (
-	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -53,18 +54,43 @@ func (e *enrolment) holdLo() (release func(), err error) {
 	return func() { l.Close() }, nil
 }
 
-// A report is what an iterator did.
-type report struct {
-	done    int // sockets that are as they should be
+// A tally is what an iterator did.
+type tally struct {
+	done    int // sockets of the pod that are as they should be
 	pending int // handshakes that are not over
 	failed  int // sockets that the kernel would not change
 }
 
+// count reads an iterator's reports. Sockets with an address that is not the
+// pod's are the proxy's ends of captured connections; they need nothing.
+func (w place) count(said []byte) (tally, error) {
+	var t tally
+	var r bpf.SocketsReport
+	for at := 0; at < len(said); {
+		n, err := binary.Decode(said[at:], binary.NativeEndian, &r)
+		if err != nil {
+			return tally{}, fmt.Errorf("read a report of the iterator: %w", err)
+		}
+		at += n
+		switch r.Outcome {
+		case bpf.SocketsOutcomeOUTCOME_DONE:
+			if slices.Contains(w.addrs, netip.AddrFrom16(r.Local).Unmap()) {
+				t.done++
+			}
+		case bpf.SocketsOutcomeOUTCOME_PENDING:
+			t.pending++
+		case bpf.SocketsOutcomeOUTCOME_FAILED:
+			t.failed++
+		}
+	}
+	return t, nil
+}
+
 // walk runs an iterator over the TCP sockets of the pod's namespace.
-func (p *Pod) walk(name string) (report, error) {
+func (p *Pod) walk(name string) (tally, error) {
 	r, err := p.read(name)
 	if err != nil {
-		return report{}, fmt.Errorf("walk the pod's sockets (%s): %w", name, err)
+		return tally{}, fmt.Errorf("walk the pod's sockets (%s): %w", name, err)
 	}
 	if r.failed > 0 {
 		p.c.log.Warn("some of the pod's connections will break", "pod", p.uid, "during", name, "sockets", r.failed)
@@ -72,13 +98,13 @@ func (p *Pod) walk(name string) (report, error) {
 	return r, nil
 }
 
-func (p *Pod) read(name string) (report, error) {
+func (p *Pod) read(name string) (tally, error) {
 	if p.c.walkers == nil {
-		return report{}, fmt.Errorf("the kernel does not take the socket iterators, without which only pods that are not yet running can be captured; restart the pod: %w", p.c.noWalkers)
+		return tally{}, fmt.Errorf("the kernel does not take the socket iterators, without which only pods that are not yet running can be captured; restart the pod: %w", p.c.noWalkers)
 	}
 	l, err := link.AttachIter(link.IterOptions{Program: p.c.walkers.Programs[name]})
 	if err != nil {
-		return report{}, err
+		return tally{}, err
 	}
 	defer l.Close()
 	var out io.ReadCloser
@@ -88,18 +114,14 @@ func (p *Pod) read(name string) (report, error) {
 		return err
 	})
 	if err != nil {
-		return report{}, err
+		return tally{}, err
 	}
 	defer out.Close()
 	said, err := io.ReadAll(retrying{out})
 	if err != nil {
-		return report{}, err
+		return tally{}, err
 	}
-	return report{
-		done:    bytes.Count(said, []byte("d")),
-		pending: bytes.Count(said, []byte("p")),
-		failed:  bytes.Count(said, []byte("f")),
-	}, nil
+	return p.place.count(said)
 }
 
 // retrying reads on after EAGAIN, by which an iterator says that it has done
