@@ -133,7 +133,7 @@ func (c *Client) Run(ctx context.Context) error {
 }
 
 // backoff is how long a Client waits before it connects again.
-func backoff() run.Backoff { return run.Backoff{Min: 10 * time.Millisecond, Max: 15 * time.Second} }
+func backoff() run.Backoff { return run.Backoff{Min: 10 * time.Millisecond, Max: 5 * time.Second} }
 
 // A complaint is what a Client last said about its connection. The same one
 // every few seconds would bury all others.
@@ -230,6 +230,7 @@ type deltaClient = discovery.AggregatedDiscoveryService_DeltaAggregatedResources
 // a View was made go into the next one together.
 func (c *Client) follow(ctx context.Context, rpc deltaClient) error {
 	arrived := make(chan *discovery.DeltaDiscoveryResponse, 16)
+	again := c.cache.complete() // from an earlier connection
 	return run.All(ctx,
 		func(ctx context.Context) error {
 			for {
@@ -252,6 +253,10 @@ func (c *Client) follow(ctx context.Context, rpc deltaClient) error {
 				case <-ctx.Done():
 					return ctx.Err()
 				case r := <-arrived:
+					if again {
+						c.cfg.Log.Info("the control service answers again", "address", c.cfg.Address)
+						again = false
+					}
 					c.take(rpc, gather(r, arrived))
 				}
 			}
