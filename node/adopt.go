@@ -101,20 +101,17 @@ func (k *keeper) adopt(ctx context.Context, c capturer, held map[string]handoff.
 func (k *keeper) adoptOne(ctx context.Context, c capturer, uid string, held map[string]handoff.Entry) bool {
 	h, isHeld := held[uid]
 	pod := k.kube.pod(uid)
-	var s *sandbox
-	var p handoff.Pod
-	var err error
-	switch {
-	case pod != nil:
-		if s, err = k.sandboxes.find(pod); err == nil {
-			p = handed(pod, k.kube.node, s.addrs)
+	p := h.Pod // if its object is gone, ztunnel knows whose traffic it is
+	if pod != nil {
+		addrs := addresses(pod)
+		if len(addrs) == 0 {
+			addrs = p.Addresses // it started moments ago, its status does not say yet
 		}
-	case isHeld: // its object is gone, and ztunnel knows whose traffic it is
-		if s, err = k.sandboxes.findUID(uid, h.Pod.Addresses); err == nil {
-			p = h.Pod
-		}
-	default:
-		err = errNoSandbox
+		p = handed(pod, k.kube.node, addrs)
+	}
+	s, err := (*sandbox)(nil), errNoSandbox
+	if pod != nil || isHeld {
+		s, err = k.sandboxes.find(kubeletUID(uid, pod), p.Addresses)
 	}
 	if errors.Is(err, errNoSandbox) {
 		if err := c.forget(uid); err != nil {
@@ -123,7 +120,8 @@ func (k *keeper) adoptOne(ctx context.Context, c capturer, uid string, held map[
 		return false
 	}
 	if err != nil {
-		k.failed(ctx, pod, handoff.Pod{UID: uid, Namespace: p.Namespace, Name: p.Name}, "adopt", err)
+		// It stays as the programs in the kernel hold it.
+		k.failed(ctx, pod, p, "adopt", err)
 		k.queue.AddRateLimited(uid)
 		return true
 	}

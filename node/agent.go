@@ -72,7 +72,7 @@ func Defaults() Config {
 		Address:  ":15022",
 		ProcRoot: "/host/proc", NetnsDir: "/var/run/netns", BPFRoot: "/sys/fs/bpf/weft/v1",
 		HandoffSocket: "/var/run/weft/handoff.sock", CNISocket: "/var/run/weft/cni.sock", LockFile: "/var/run/weft/agent.lock",
-		CNIConfDir: "/host/etc/cni/net.d", CNIBinDir: "/host/opt/cni/bin", CNIPlugin: "/usr/local/bin/weft-cni",
+		CNIConfDir: "/host/etc/cni/net.d", CNIBinDir: "/host/opt/cni/bin", CNIPlugin: "/bin/weft-cni",
 		CNIAgentSocket: "/var/run/weft/cni.sock",
 		LeaveGrace:     2 * time.Second, Existing: ExistingKeep,
 	}
@@ -119,7 +119,7 @@ type Agent struct {
 	installer *cni.Installer
 	holds     *holds
 	adopted   chan struct{} // closed when the pods of the agent before are taken over
-	ended     chan struct{} // closed when Run is over
+	ended     chan struct{} // closed when it serves ztunnel no more
 	gone      atomic.Bool   // the DaemonSet was seen to be removed
 	opened    []io.Closer   // what begin has opened; closed when the workers are done
 
@@ -176,7 +176,6 @@ func (a *Agent) Run(ctx context.Context) error {
 	// What serves goes on while pods leave after the end of ctx.
 	work, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
-	context.AfterFunc(work, func() { close(a.ended) })
 	if err := a.followDaemonSet(); err != nil {
 		return err
 	}
@@ -213,6 +212,7 @@ func (a *Agent) lead(life, work context.Context) error {
 	return run.All(work,
 		func(ctx context.Context) error { return cni.Serve(ctx, a.cfg.CNISocket, a.keeper, a.log) },
 		func(ctx context.Context) error {
+			defer context.AfterFunc(ctx, stopInstall)()
 			err := a.installer.Run(install)
 			close(installed)
 			if err == nil {
@@ -220,7 +220,11 @@ func (a *Agent) lead(life, work context.Context) error {
 			}
 			return err
 		},
-		a.handoff.Run, a.keeper.run, a.watchZtunnel, a.begin,
+		func(ctx context.Context) error {
+			context.AfterFunc(ctx, func() { close(a.ended) }) // or a snapshot that waits would wait for ever
+			return a.handoff.Run(ctx)
+		},
+		a.keeper.run, a.watchZtunnel, a.begin,
 		func(ctx context.Context) error {
 			select {
 			case <-ctx.Done():

@@ -20,7 +20,7 @@ func (k *keeper) enrolRunning(ctx context.Context, pod *corev1.Pod) (again time.
 	uid := string(pod.UID)
 	p := handed(pod, k.kube.node, addresses(pod))
 	began := time.Now()
-	s, err := k.sandboxes.find(pod)
+	s, err := k.sandboxes.find(kubeletUID(uid, pod), p.Addresses)
 	if errors.Is(err, errNoSandbox) && k.waitingFor(p) < sandboxPatience {
 		k.metrics.waits.Inc()
 		return 0, err // comes again, and is told only if it lasts

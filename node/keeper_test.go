@@ -172,10 +172,10 @@ func (s fakeSandboxes) get(uid, path string, addrs []netip.Addr) (*sandbox, erro
 	}
 	return &sandbox{id: netns.ID{Ino: ino}, path: path, addrs: addrs}, nil
 }
-func (s fakeSandboxes) find(pod *corev1.Pod) (*sandbox, error) {
-	return s.get(string(pod.UID), "", addresses(pod))
-}
-func (s fakeSandboxes) findUID(uid string, addrs []netip.Addr) (*sandbox, error) {
+func (s fakeSandboxes) find(uid string, addrs []netip.Addr) (*sandbox, error) {
+	if len(addrs) == 0 {
+		return nil, errors.New("no address")
+	}
 	return s.get(uid, "", addrs)
 }
 func (s fakeSandboxes) open(path string, addrs []netip.Addr) (*sandbox, error) {
@@ -590,10 +590,12 @@ func TestAdopt(t *testing.T) {
 	left.Labels = map[string]string{modeLabel: modeOff}
 	w.create(left)
 	w.set(func() { w.sandboxes["orphan"] = 500 }) // its object is gone, its processes run
-	w.pins = []string{"gone", "kept", "left", "lost", "orphan"}
+	w.create(startingPod(w, "new"))               // it started moments ago, and its status has no address
+	w.create(startingPod(w, "newlost"))
+	w.pins = []string{"gone", "kept", "left", "lost", "new", "newlost", "orphan"}
 	held := map[string]handoff.Entry{}
-	for _, uid := range []string{"kept", "left", "orphan"} {
-		held[uid] = handoff.Entry{Pod: handoff.Pod{UID: uid, Name: uid, Namespace: "shop", ServiceAccount: "sa"}}
+	for _, uid := range []string{"kept", "left", "new", "orphan"} {
+		held[uid] = handoff.Entry{Pod: handoff.Pod{UID: uid, Name: uid, Namespace: "shop", ServiceAccount: "sa", Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.1")}}}
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
@@ -606,13 +608,13 @@ func TestAdopt(t *testing.T) {
 	want := []string{
 		"forget gone",
 		"prepare kept with held", "attach kept", "prepare left with held", "attach left",
-		"prepare lost", "attach lost", "prepare orphan with held", "attach orphan",
+		"prepare lost", "attach lost", "prepare new with held", "attach new", "prepare orphan with held", "attach orphan",
 	}
 	if diff := cmp.Diff(want, w.read()); diff != "" {
 		t.Error(diff)
 	}
-	if n := len(w.keeper.entries()); n != 4 {
-		t.Errorf("a ztunnel that connects is given %d pods, want 4", n)
+	if n := len(w.keeper.entries()); n != 5 {
+		t.Errorf("a ztunnel that connects is given %d pods, want 5", n)
 	}
 	w.enable()
 	w.set(func() { w.diary = nil })

@@ -16,10 +16,33 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/weft-mesh/weft/internal/handoff"
 )
+
+// Connect makes a client of the API server: that of the kubeconfig file, or of
+// the pod's service account if there is none. It does not talk to it yet.
+// version names this program to the API server.
+func Connect(kubeconfig, version string) (kubernetes.Interface, error) {
+	rc, err := rest.InClusterConfig()
+	if kubeconfig != "" {
+		rc, err = clientcmd.BuildConfigFromFlags("", kubeconfig)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("find the API server: %w", err)
+	}
+	// A label on a namespace is a patch for each of its pods here, at once.
+	rc.QPS, rc.Burst = 100, 300
+	rc.UserAgent = "weft-node/" + version
+	client, err := kubernetes.NewForConfig(rc)
+	if err != nil {
+		return nil, fmt.Errorf("find the API server: %w", err)
+	}
+	return client, nil
+}
 
 // mirrorAnnotation holds the UID under which the kubelet runs a static pod.
 // The object in the API server, the mirror pod, has a UID of its own.
@@ -300,6 +323,15 @@ func (k *kube) uninstalled(ctx context.Context) (bool, error) {
 		return false, fmt.Errorf("look up DaemonSet %s/%s: %w", k.system, k.daemonSet, err)
 	}
 	return ds.DeletionTimestamp != nil, nil
+}
+
+// kubeletUID returns the UID under which the kubelet runs a pod, given its UID
+// and its object, which may be nil.
+func kubeletUID(uid string, p *corev1.Pod) string {
+	if p != nil && p.Annotations[mirrorAnnotation] != "" {
+		return p.Annotations[mirrorAnnotation]
+	}
+	return uid
 }
 
 // addresses returns the addresses in a pod's status.

@@ -13,8 +13,6 @@ import (
 	"sync"
 	"time"
 
-	corev1 "k8s.io/api/core/v1"
-
 	"github.com/weft-mesh/weft/internal/netns"
 )
 
@@ -40,10 +38,10 @@ var errNoSandbox = errors.New("no process and no network namespace of the pod wa
 
 // sandboxes finds the network namespaces of pods.
 type sandboxes interface {
-	// find returns the sandbox of a pod that runs, or errNoSandbox.
-	find(pod *corev1.Pod) (*sandbox, error)
-	// findUID is find for a pod of which only UID and addresses are known.
-	findUID(uid string, addrs []netip.Addr) (*sandbox, error)
+	// find returns the sandbox of a pod that runs, or errNoSandbox. uid is the
+	// one that the kubelet runs it under. Without an address it cannot be
+	// found, which is another error: the pod may run.
+	find(uid string, addrs []netip.Addr) (*sandbox, error)
 	// open returns the sandbox at a path that a container runtime names,
 	// which must have the addresses.
 	open(path string, addrs []netip.Addr) (*sandbox, error)
@@ -82,22 +80,13 @@ func newHostSandboxes(proc, named string) (*hostSandboxes, error) {
 	return &hostSandboxes{proc: proc, named: named, host: id}, nil
 }
 
-func (h *hostSandboxes) find(pod *corev1.Pod) (*sandbox, error) {
-	addrs := addresses(pod)
-	s, err := h.findUID(string(pod.UID), addrs)
-	if mirror := pod.Annotations[mirrorAnnotation]; mirror != "" && errors.Is(err, errNoSandbox) {
-		return h.findUID(mirror, addrs)
-	}
-	return s, err
-}
-
-// findUID looks for a process of the pod: its cgroup names the pod, which no
+// find looks for a process of the pod: its cgroup names the pod, which no
 // process can forge. Its network namespace must be a pod's and have the pod's
 // addresses: a pod can make namespaces of its own. Runtimes that keep no
 // process in the pod's cgroup leave the named namespaces, by address alone.
-func (h *hostSandboxes) findUID(uid string, addrs []netip.Addr) (*sandbox, error) {
+func (h *hostSandboxes) find(uid string, addrs []netip.Addr) (*sandbox, error) {
 	if len(addrs) == 0 {
-		return nil, fmt.Errorf("%w: it has no address yet", errNoSandbox)
+		return nil, errors.New("the pod has no address yet")
 	}
 	pids, err := h.processes(uid)
 	if err != nil {

@@ -14,9 +14,6 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
-	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 
 	"github.com/weft-mesh/weft/internal/obs"
@@ -121,7 +118,7 @@ func program(ctx context.Context, args []string, getenv func(string) string, out
 	log := obs.NewLogger(out, cfg.logFormat, &level)
 	klog.SetSlogLogger(log) // client-go has no other way
 
-	client, err := connect(cfg.kubeconfig)
+	client, err := node.Connect(cfg.kubeconfig, version)
 	if err != nil {
 		return err
 	}
@@ -132,23 +129,4 @@ func program(ctx context.Context, args []string, getenv func(string) string, out
 		return err
 	}
 	return agent.Run(ctx)
-}
-
-// connect makes a client of the API server. It does not talk to it yet.
-func connect(kubeconfig string) (kubernetes.Interface, error) {
-	rc, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
-	if kubeconfig == "" {
-		rc, err = rest.InClusterConfig()
-	}
-	if err != nil {
-		return nil, fmt.Errorf("find the API server: %w", err)
-	}
-	// A label on a namespace is a patch for each of its pods here, at once.
-	rc.QPS, rc.Burst = 100, 300
-	rc.UserAgent = "weft-node/" + version
-	client, err := kubernetes.NewForConfig(rc)
-	if err != nil {
-		return nil, fmt.Errorf("find the API server: %w", err)
-	}
-	return client, nil
 }
