@@ -1,7 +1,9 @@
 # Weft. `make demo` and `make test` are the two commands a newcomer needs.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
+# One set of build flags for everything: what is compiled once is shared.
 export CGO_ENABLED ?= 0
+export GOFLAGS := -trimpath $(filter-out -trimpath,$(GOFLAGS))
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X main.version=$(VERSION)
@@ -41,7 +43,7 @@ fuzz: ## each fuzz target for a few seconds
 
 .PHONY: e2e
 e2e: ## tests on a real two-node cluster
-	@echo "== real cluster"; cd e2e && go test -v -count=1 -timeout 45m ./...
+	@echo "== real cluster"; cd e2e && go test -v -count=1 -p 1 -timeout 45m ./...
 
 .PHONY: bench
 bench: ## Go benchmarks
@@ -49,7 +51,7 @@ bench: ## Go benchmarks
 
 .PHONY: build
 build: ## the programs, into bin/
-	@mkdir -p bin; for p in $(PROGRAMS); do go build -trimpath -ldflags '$(LDFLAGS)' -o bin/$$p ./cmd/$$p; done
+	@mkdir -p bin; for p in $(PROGRAMS); do go build -ldflags '$(LDFLAGS)' -o bin/$$p ./cmd/$$p; done
 
 .PHONY: images
 images: ## the release images as archives, into out/images
