@@ -115,7 +115,7 @@ func (k *keeper) adoptOne(ctx context.Context, c capturer, uid string, held map[
 	}
 	if errors.Is(err, errNoSandbox) {
 		if err := c.forget(uid); err != nil {
-			k.log.Error("what is left of a pod that is gone was not removed", "uid", uid, "err", err)
+			k.log.Error("what is left of a pod that is gone was not removed", "uid", uid, "error", err)
 		}
 		return false
 	}

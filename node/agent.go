@@ -298,7 +298,7 @@ func (a *Agent) work(ctx context.Context) bool {
 		err = a.keeper.follow()
 	}
 	if err != nil {
-		a.log.Error("no pod can be captured; it is tried again", "err", err)
+		a.log.Error("no pod can be captured; it is tried again", "error", err)
 		a.keeper.disable(err)
 		a.enter(err.Error())
 		a.close()
@@ -330,7 +330,7 @@ func (a *Agent) open() (capturer, error) {
 func (a *Agent) close() {
 	for _, c := range a.opened {
 		if err := c.Close(); err != nil {
-			a.log.Debug("closing the capture failed", "err", err)
+			a.log.Debug("closing the capture failed", "error", err)
 		}
 	}
 	a.opened = nil
@@ -351,7 +351,7 @@ func (a *Agent) probe(ctx context.Context) (capture.Features, bool) {
 		}
 		if last != err.Error() {
 			last = err.Error()
-			a.log.Error("no pod of this node can be in the mesh; pods outside it are not affected", "err", err)
+			a.log.Error("no pod of this node can be in the mesh; pods outside it are not affected", "error", err)
 			a.keeper.disable(err)
 			a.mu.Lock()
 			a.stage, a.capture = err.Error(), CaptureStatus{Design: "none", Why: err.Error()}
@@ -398,7 +398,7 @@ func (a *Agent) uninstalled(ctx context.Context) bool {
 		return gone
 	}
 	seen := a.gone.Load()
-	a.log.Warn("the API server does not tell whether Weft is being uninstalled; going by what was seen last", "uninstalled", seen, "err", err)
+	a.log.Warn("the API server does not tell whether Weft is being uninstalled; going by what was seen last", "uninstalled", seen, "error", err)
 	return seen
 }
 

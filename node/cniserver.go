@@ -56,7 +56,7 @@ func (k *keeper) AddPod(ctx context.Context, r cni.Request) (cni.Response, error
 	if err != nil {
 		s.close()
 		k.metrics.failures.WithLabelValues(reason).Inc()
-		k.log.Error("a pod of the mesh does not start; the kubelet tries again", "pod", p.Namespace+"/"+p.Name, "reason", reason, "err", err)
+		k.log.Error("a pod of the mesh does not start; the kubelet tries again", "pod", p.Namespace+"/"+p.Name, "reason", reason, "error", err)
 		return cni.Response{}, err
 	}
 	k.metrics.enrolled(began, "cni")

@@ -35,7 +35,7 @@ func (k *keeper) enrolRunning(ctx context.Context, pod *corev1.Pod) (again time.
 		alive := k.sandboxes.alive(s)
 		s.close()
 		if now := k.kube.pod(uid); now == nil || ended(now) || now.DeletionTimestamp != nil || !alive {
-			k.log.Info("the pod ended while it was being brought into the mesh; nothing is left of it", "pod", p.Namespace+"/"+p.Name, "err", err)
+			k.log.Info("the pod ended while it was being brought into the mesh; nothing is left of it", "pod", p.Namespace+"/"+p.Name, "error", err)
 			k.succeeded(uid)
 			return 0, nil
 		}
@@ -101,7 +101,7 @@ func (k *keeper) undo(ctx context.Context, c capturer, m *member) {
 	errs = append(errs, k.proxy.Del(ctx, m.pod.UID), m.captive.close(), c.forget(m.pod.UID))
 	// A pod that died meanwhile makes some of these fail, and needs none.
 	if err := errors.Join(errs...); err != nil {
-		k.log.Debug("undoing a capture that failed met errors", "pod", m.pod.Namespace+"/"+m.pod.Name, "err", err)
+		k.log.Debug("undoing a capture that failed met errors", "pod", m.pod.Namespace+"/"+m.pod.Name, "error", err)
 	}
 }
 
@@ -141,7 +141,7 @@ func (k *keeper) release(ctx context.Context, m *member, why string) error {
 	k.drop(ctx, m)
 	m.sandbox.close()
 	if err := m.captive.close(); err != nil {
-		k.log.Warn("closing the files of a pod failed", "pod", m.pod.Namespace+"/"+m.pod.Name, "err", err)
+		k.log.Warn("closing the files of a pod failed", "pod", m.pod.Namespace+"/"+m.pod.Name, "error", err)
 	}
 	k.log.Info("let go of a pod", "pod", m.pod.Namespace+"/"+m.pod.Name, "why", why)
 	return nil
@@ -151,7 +151,7 @@ func (k *keeper) release(ctx context.Context, m *member, why string) error {
 func (k *keeper) drop(ctx context.Context, m *member) {
 	if err := k.proxy.Del(ctx, m.pod.UID); err != nil {
 		// A ztunnel that did not hear of it is told by its next snapshot.
-		k.log.Warn("ztunnel was not told that a pod is gone", "pod", m.pod.Namespace+"/"+m.pod.Name, "err", err)
+		k.log.Warn("ztunnel was not told that a pod is gone", "pod", m.pod.Namespace+"/"+m.pod.Name, "error", err)
 	}
 	k.mu.Lock()
 	delete(k.pods, m.pod.UID)
@@ -188,7 +188,7 @@ func (k *keeper) drain(pod *corev1.Pod, uid string) (again time.Duration, err er
 			d.pause = min(2*d.pause, drainMax)
 			return d.pause, nil
 		} else if err != nil {
-			k.log.Warn("the routing of a pod that has left the mesh was not tidied; it does no harm", "pod", pod.Namespace+"/"+pod.Name, "err", err)
+			k.log.Warn("the routing of a pod that has left the mesh was not tidied; it does no harm", "pod", pod.Namespace+"/"+pod.Name, "error", err)
 		}
 	}
 	k.endDrain(uid)
@@ -205,7 +205,7 @@ func (k *keeper) endDrain(uid string) {
 		return
 	}
 	if err := d.captive.close(); err != nil {
-		k.log.Warn("closing the files of a pod failed", "uid", uid, "err", err)
+		k.log.Warn("closing the files of a pod failed", "uid", uid, "error", err)
 	}
 }
 
@@ -236,7 +236,7 @@ func (k *keeper) entries() []handoff.Entry {
 		files, err := m.captive.files()
 		if err != nil {
 			// It may have left in this very moment.
-			k.log.Warn("a pod was not handed to the ztunnel that connects", "pod", m.pod.Namespace+"/"+m.pod.Name, "err", err)
+			k.log.Warn("a pod was not handed to the ztunnel that connects", "pod", m.pod.Namespace+"/"+m.pod.Name, "error", err)
 			continue
 		}
 		out = append(out, handoff.Entry{Pod: m.pod, Files: files})
@@ -266,11 +266,11 @@ func (k *keeper) failed(ctx context.Context, pod *corev1.Pod, p handoff.Pod, rea
 	k.failures[p.UID] = f
 	k.mu.Unlock()
 	if news || f.times%20 == 0 {
-		k.log.Error("pod is not as it should be; it is tried again", "pod", f.pod, "reason", reason, "err", err, "times", f.times)
+		k.log.Error("pod is not as it should be; it is tried again", "pod", f.pod, "reason", reason, "error", err, "times", f.times)
 	}
 	if news && pod != nil {
 		if e := k.kube.warn(ctx, pod, "WeftEnrolFailed", fmt.Sprintf("the node agent of %s could not bring the pod where it belongs (%s): %v", k.kube.node, reason, err)); e != nil {
-			k.log.Debug("the event was not written", "err", e)
+			k.log.Debug("the event was not written", "error", e)
 		}
 	}
 	return err

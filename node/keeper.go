@@ -180,7 +180,7 @@ func (k *keeper) warnUnknown(ctx context.Context, uid string, pod *corev1.Pod) {
 	}
 	k.log.Warn(meaningless(value), "pod", pod.Namespace+"/"+pod.Name)
 	if err := k.kube.warn(ctx, pod, "WeftUnknownLabel", meaningless(value)); err != nil {
-		k.log.Debug("the event was not written", "err", err)
+		k.log.Debug("the event was not written", "error", err)
 	}
 }
 
@@ -280,6 +280,8 @@ func (k *keeper) situation(pod *corev1.Pod, m *member) situation {
 		s.lingered = s.retracted && time.Since(m.retracted) >= k.leaveGrace
 	}
 	if pod == nil || ended(pod) {
+		// With the agent goes who would watch its sandbox.
+		s.there = s.captured && k.isLeaving()
 		return s
 	}
 	labels, _ := k.kube.labels(pod.Namespace)

@@ -635,7 +635,13 @@ func TestLeaveAll(t *testing.T) {
 	w.enable()
 	w.start()
 	w.until("all of them", func() bool { return w.keeper.count() == 20 })
-	if err := w.keeper.leaveAll(t.Context()); err != nil {
+	if err := w.client.CoreV1().Pods("shop").Delete(t.Context(), "p7", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err) // its processes still run
+	}
+	w.until("the deletion to be seen", func() bool { return w.keeper.kube.pod("p7") == nil })
+	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Second)
+	defer cancel()
+	if err := w.keeper.leaveAll(ctx); err != nil {
 		t.Fatal(err)
 	}
 	if w.keeper.count() != 0 {

@@ -109,7 +109,7 @@ func (k *kube) watchFailed(what string) cache.WatchErrorHandlerWithContext {
 			return
 		}
 		last = err.Error()
-		k.log.Error("the API server cannot be watched; captured pods stay as they are, and it is tried again", "what", what, "err", err)
+		k.log.Error("the API server cannot be watched; captured pods stay as they are, and it is tried again", "what", what, "error", err)
 	}
 }
 

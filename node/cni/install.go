@@ -88,7 +88,7 @@ func (i *Installer) Run(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		case err := <-watch.Errors:
-			i.cfg.Log.Warn("watching the CNI directories lost events; looking again", "err", err)
+			i.cfg.Log.Warn("watching the CNI directories lost events; looking again", "error", err)
 		case <-watch.Events:
 			if !quiet(ctx, watch.Events) {
 				return nil
@@ -124,7 +124,7 @@ func (i *Installer) record(conflist string, err error) {
 	switch {
 	case !news:
 	case err != nil:
-		i.cfg.Log.Error("the CNI plugin is not installed; new pods would start outside the mesh", "err", err)
+		i.cfg.Log.Error("the CNI plugin is not installed; new pods would start outside the mesh", "error", err)
 	default:
 		i.cfg.Log.Info("the CNI plugin is installed", "conflist", filepath.Join(i.cfg.ConfDir, conflist))
 	}

@@ -101,7 +101,7 @@ func (l rootOnly) Accept() (net.Conn, error) {
 		if err == nil && uid == 0 {
 			return c, nil
 		}
-		l.log.Warn("refused a connection to the CNI socket: its peer is not root", "uid", uid, "err", err)
+		l.log.Warn("refused a connection to the CNI socket: its peer is not root", "uid", uid, "error", err)
 		c.Close()
 	}
 }
