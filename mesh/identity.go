@@ -67,6 +67,9 @@ func ParseIdentity(s string) (Identity, error) {
 		if i := strings.IndexFunc(part, notIdentityRune); i >= 0 {
 			return Identity{}, fmt.Errorf("parse identity %q: character %q is not allowed", s, part[i])
 		}
+		if part == "." || part == ".." {
+			return Identity{}, fmt.Errorf("parse identity %q: %q is not a part of a path", s, part) // SPIFFE-ID 2.2
+		}
 	}
 	return Identity{TrustDomain: p[0], Namespace: p[2], ServiceAccount: p[4]}, nil
 }

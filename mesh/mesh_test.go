@@ -28,6 +28,12 @@ func TestParseIdentity(t *testing.T) {
 		{"spiffe://user@cluster.local/ns/shop/sa/cart", Identity{}},
 		{"spiffe://cluster.local/ns/shop/sa/cart\n", Identity{}},
 		{"spiffe://cluster.local/ns/shóp/sa/cart", Identity{}},
+		{"spiffe://cluster.local/ns/../sa/cart", Identity{}},
+		{"spiffe://cluster.local/ns/./sa/cart", Identity{}},
+		{"spiffe://cluster.local/ns/shop/sa/..", Identity{}},
+		{"spiffe://cluster.local/ns/shop/sa/.", Identity{}},
+		{"spiffe://../ns/shop/sa/cart", Identity{}},
+		{"spiffe://cluster.local/ns/shop/sa/...", Identity{TrustDomain: "cluster.local", Namespace: "shop", ServiceAccount: "..."}},
 	} {
 		got, err := ParseIdentity(tc.in)
 		if got != tc.want || (err == nil) != (tc.want != Identity{}) {
