@@ -190,8 +190,8 @@ func (s *Server) DeltaAggregatedResources(rpc discovery.AggregatedDiscoveryServi
 	who, err := s.auth(rpc.Context())
 	log := s.log.With("peer", remote(rpc.Context()))
 	if err != nil {
-		log.Warn("refused a subscriber that did not prove who it is", "err", err)
-		return status.Errorf(codes.Unauthenticated, "subscribe: %v", err)
+		log.Warn("refused a subscriber", "err", err)
+		return refusal(err)
 	}
 	log = log.With("subscriber", who.Identity.String(), "node", who.Node)
 	st := &stream{subs: map[string]*subscription{}, unacked: map[string]string{}, wake: make(chan struct{}, 1)}
@@ -222,6 +222,17 @@ func (s *Server) DeltaAggregatedResources(rpc discovery.AggregatedDiscoveryServi
 		}
 		s.receive(log, st, req)
 	}
+}
+
+// refusal is the answer to a caller that auth refused with err. A code that auth
+// chose stays: a caller treats "not now" and "never" differently. An error
+// without one says that the caller did not prove who it is, and so does one
+// whose code would pass for success.
+func refusal(err error) error {
+	if s, ok := status.FromError(err); ok && s.Code() != codes.OK {
+		return status.Error(s.Code(), "subscribe: "+s.Message())
+	}
+	return status.Errorf(codes.Unauthenticated, "subscribe: %v", err)
 }
 
 // remote returns the address of the caller.

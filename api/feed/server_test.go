@@ -1,6 +1,8 @@
 package feed
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -90,6 +92,32 @@ func TestUnauthenticated(t *testing.T) {
 		t.Error("without an auth function everybody may subscribe")
 	}
 }
+
+func TestRefusalKeepsItsCode(t *testing.T) {
+	for _, tc := range []struct {
+		err  error
+		want codes.Code
+	}{
+		{errors.New("no token"), codes.Unauthenticated},
+		{grpcstatus.Error(codes.PermissionDenied, "not a node"), codes.PermissionDenied},
+		{grpcstatus.Error(codes.Unavailable, "the API server is away"), codes.Unavailable},
+		{fmt.Errorf("review: %w", grpcstatus.Error(codes.Unavailable, "away")), codes.Unavailable},
+		{okError{}, codes.Unauthenticated},
+	} {
+		w := newWorld(t)
+		w.server.auth = func(context.Context) (Subscriber, error) { return Subscriber{}, tc.err }
+		w.server.SetSynced()
+		if err := <-w.raw(token).end; grpcstatus.Code(err) != tc.want {
+			t.Errorf("auth failed with %v, the subscriber sees %v; want %v", tc.err, err, tc.want)
+		}
+	}
+}
+
+// okError is an error that claims to be none.
+type okError struct{}
+
+func (okError) Error() string                  { return "not so" }
+func (okError) GRPCStatus() *grpcstatus.Status { return grpcstatus.New(codes.OK, "") }
 
 func TestSlowSubscriberGetsTheNewestState(t *testing.T) {
 	w := newWorld(t)
