@@ -406,6 +406,29 @@ func TestSameNodeShortCut(t *testing.T) {
 	n.logged(identity.ErrWrongPeer.Error())
 }
 
+// A process may bind its socket to any address that it can give its pod. Without
+// a tunnel nobody but us says where the connection comes from.
+func TestSameNodeSourceIsThePods(t *testing.T) {
+	w := newWorld(t)
+	n := w.node(func(c *Config) { c.SameNode = true })
+	client, server := n.add("client", nil), n.add("server", nil)
+	service := w.publish("server", client, server, server.app(echo).Port(), nil)
+	from := func(a netip.Addr) mesh.Policy {
+		return mesh.Policy{
+			Name: mesh.Name{Namespace: "shop", Name: "by-address"}, Scope: mesh.ScopeNamespace, Action: mesh.Allow,
+			Groups: []mesh.Group{{Clauses: []mesh.Clause{{Matches: []mesh.Match{{SourceIPs: []netip.Prefix{netip.PrefixFrom(a, 32)}}}}}}},
+		}
+	}
+	lie := &testPod{node: n, addr: netip.MustParseAddr("127.0.0.1")} // the client, by another of its addresses
+	w.setPolicies(from(lie.addr))
+	lie.refused(service)
+	w.setPolicies(from(client.addr))
+	if err := roundTrip(lie.dial(service), "hello"); err != nil {
+		t.Fatal(err)
+	}
+	n.logged(`direction="inbound"`, "src.addr="+client.addr.String()+":", "bytes_recv=5")
+}
+
 func TestSameNodeIsOffByDefault(t *testing.T) {
 	w := newWorld(t)
 	n := w.node(nil)

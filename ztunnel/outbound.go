@@ -166,13 +166,34 @@ func (q *pod) crossOver(ctx context.Context, peer *pod, plan plan, f *flow, c *n
 		return connectError(fmt.Errorf("%w: got %s, want %v", identity.ErrWrongPeer, peer.id, plan.peers))
 	}
 	f.destinationID = peer.id
+	src, err := q.sourceTowards(plan.authority.Addr(), f.src)
+	if err != nil {
+		return connectError(err)
+	}
 	if !f.carry(c) {
 		return nil // outcome says why
 	}
 	return peer.receive(ctx, &flow{
-		direction: inbound, pod: peer, src: f.src, dst: plan.authority,
+		direction: inbound, pod: peer, src: src, dst: plan.authority,
 		sourceID: q.id, destinationID: peer.id,
-		facts: authz.Facts{Peer: q.id, Source: f.src, Destination: plan.authority},
+		facts: authz.Facts{Peer: q.id, Source: src, Destination: plan.authority},
 		start: f.start, stats: f.stats,
 	}, plainCaller{c})
+}
+
+// sourceTowards returns the address that a connection from src to dst shows to
+// policies and to the application. It is one of the pod's, of dst's family, as
+// it would be behind a tunnel: a process can bind to others, 127.0.0.1 among
+// them, which policies or applications may trust.
+func (q *pod) sourceTowards(dst netip.Addr, src netip.AddrPort) (netip.AddrPort, error) {
+	var own netip.Addr
+	for _, a := range q.info.Load().Addresses {
+		if a.Is4() == dst.Is4() && (!own.IsValid() || a == src.Addr()) {
+			own = a
+		}
+	}
+	if !own.IsValid() {
+		return netip.AddrPort{}, fmt.Errorf("the pod has no address of the family of %v", dst)
+	}
+	return netip.AddrPortFrom(own, src.Port()), nil
 }
