@@ -2,14 +2,18 @@ package compile
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"maps"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 	securityv1 "istio.io/api/security/v1"
+	"k8s.io/apimachinery/pkg/api/validate/content"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 
 	"github.com/weft-mesh/weft/mesh"
@@ -89,8 +93,30 @@ func readMeta(u *unstructured.Unstructured) Meta {
 	m.Selector, _, err = unstructured.NestedStringMap(u.Object, "spec", "selector", "matchLabels")
 	if err != nil {
 		m.Err = fmt.Errorf("spec.selector: %v", err)
+		return m
 	}
+	m.Selector, m.Err = readSelector(m.Selector)
 	return m
+}
+
+// readSelector takes out of a selector what no pod can have, such as the star
+// that means any value elsewhere: it would select nothing, and a policy that
+// selects nothing protects nothing.
+func readSelector(in map[string]string) (map[string]string, error) {
+	var bad []string
+	out := map[string]string{}
+	for _, k := range slices.Sorted(maps.Keys(in)) {
+		wrong := append(content.IsLabelKey(k), content.IsLabelValue(in[k])...)
+		if len(wrong) == 0 {
+			out[k] = in[k]
+			continue
+		}
+		bad = append(bad, fmt.Sprintf("spec.selector.matchLabels %q is %q, which no pod can have", k, in[k]))
+	}
+	if len(bad) > 0 {
+		return out, errors.New(listed(bad))
+	}
+	return in, nil
 }
 
 // hasField reports whether the spec has the named field, with any value that
