@@ -160,6 +160,7 @@ func dynamicClient(objects ...runtime.Object) *dynamicfake.FakeDynamicClient {
 	return dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), map[schema.GroupVersionResource]string{
 		authorizationPolicies: "AuthorizationPolicyList",
 		peerAuthentications:   "PeerAuthenticationList",
+		authorizationPolicies.GroupResource().WithVersion(olderVersion): "AuthorizationPolicyList",
 	}, objects...)
 }
 

@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -138,6 +139,13 @@ func (o *optionalInformer) run(ctx context.Context) error {
 	err := run.Retry(ctx, run.Backoff{Min: time.Second, Max: 2 * time.Second}, func(ctx context.Context) error {
 		_, err := o.client.Resource(o.resource).List(ctx, metav1.ListOptions{Limit: 1})
 		missing := apierrors.IsNotFound(err)
+		if missing {
+			// Objects of a version that is not read here are policies all
+			// the same: nobody is answered as if there were none.
+			if older, ask := o.served(ctx); older || ask != nil {
+				missing, err = false, cmp.Or(ask, errOlderVersion)
+			}
+		}
 		if was := o.setAbsent(missing); missing && !was {
 			o.log.Warn("kind is not installed and nothing of it is enforced; install Weft's custom resource definitions to use it",
 				"resource", o.resource.GroupResource().String())
@@ -154,6 +162,22 @@ func (o *optionalInformer) run(ctx context.Context) error {
 	}
 	o.informer.RunWithContext(ctx)
 	return nil
+}
+
+// olderVersion is the one that clusters with old definitions serve alone.
+const olderVersion = "v1beta1"
+
+// errOlderVersion says that there may be objects that are not read here.
+var errOlderVersion = errors.New("the cluster serves the kind as " + olderVersion + " only")
+
+// served reports whether the cluster serves the kind in an older version. An
+// error says that it could not be asked.
+func (o *optionalInformer) served(ctx context.Context) (bool, error) {
+	_, err := o.client.Resource(o.resource.GroupResource().WithVersion(olderVersion)).List(ctx, metav1.ListOptions{Limit: 1})
+	if apierrors.IsNotFound(err) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // setAbsent returns what was set before.
@@ -208,6 +232,8 @@ func (o *outage) report(purpose string, err error) {
 // remedy says what the person on call can do about err.
 func remedy(err error) string {
 	switch {
+	case errors.Is(err, errOlderVersion):
+		return "replace its custom resource definition by the one of Weft's chart, which serves v1 too; no proxy is answered until then"
 	case apierrors.IsForbidden(err):
 		return "the ClusterRole of weft-control lacks a rule: apply the chart of this version again"
 	case apierrors.IsUnauthorized(err):

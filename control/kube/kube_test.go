@@ -142,6 +142,29 @@ func TestKindNotInstalled(t *testing.T) {
 		close(installed)
 		s.wait(t, "the policy", func(s *sink) bool { return len(s.policies) == 2 })
 	})
+	t.Run("an older version alone", func(t *testing.T) {
+		dyn := dynamicClient()
+		asked := make(chan struct{}, 100)
+		dyn.PrependReactor("list", "authorizationpolicies", func(a clienttesting.Action) (bool, runtime.Object, error) {
+			if a.GetResource().Version != "v1" {
+				asked <- struct{}{}
+				return false, nil, nil
+			}
+			return true, nil, apierrors.NewNotFound(authorizationPolicies.GroupResource(), "")
+		})
+		var log logBook
+		w := NewWatcher(WatcherConfig{Client: fake.NewClientset(), Dynamic: dyn, Sink: newSink(), Log: log.logger()})
+		start(t, w.Run)
+		<-asked
+		eventually(t, "all other kinds are read", func() bool { return slices.Equal(w.missing(), []string{"authorizationpolicies"}) })
+		<-asked // a whole retry later
+		select {
+		case <-w.Synced():
+			t.Error("synced as if there were no policies")
+		default:
+		}
+		eventually(t, "a log line says what to do", func() bool { return log.count("custom resource definition") == 1 })
+	})
 	t.Run("forbidden", func(t *testing.T) {
 		dyn := dynamicClient()
 		asked := make(chan struct{}, 100)
