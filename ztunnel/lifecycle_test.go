@@ -423,9 +423,11 @@ func TestSameNodeSourceIsThePods(t *testing.T) {
 	w.setPolicies(from(lie.addr))
 	lie.refused(service)
 	w.setPolicies(from(client.addr))
-	if err := roundTrip(lie.dial(service), "hello"); err != nil {
+	c := lie.dial(service)
+	if err := roundTrip(c, "hello"); err != nil {
 		t.Fatal(err)
 	}
+	c.Close()
 	n.logged(`direction="inbound"`, "src.addr="+client.addr.String()+":", "bytes_recv=5")
 }
 
