@@ -101,11 +101,11 @@ func newFiles(t *testing.T) (*ca.Authority, map[string][]byte) {
 func TestOpenAuthority(t *testing.T) {
 	t.Run("made once and kept", func(t *testing.T) {
 		v := &vault{}
-		first, err := OpenAuthority(t.Context(), v, "cluster.local", silent())
+		first, _, err := OpenAuthority(t.Context(), v, "cluster.local", silent())
 		if err != nil {
 			t.Fatal(err)
 		}
-		again, err := OpenAuthority(t.Context(), v, "cluster.local", silent())
+		again, _, err := OpenAuthority(t.Context(), v, "cluster.local", silent())
 		if err != nil || string(again.RootPEM()) != string(first.RootPEM()) {
 			t.Errorf("a second start has another root: %v", err)
 		}
@@ -116,7 +116,7 @@ func TestOpenAuthority(t *testing.T) {
 		var wg sync.WaitGroup
 		for i := range roots {
 			wg.Go(func() {
-				a, err := OpenAuthority(t.Context(), v, "cluster.local", silent())
+				a, _, err := OpenAuthority(t.Context(), v, "cluster.local", silent())
 				if err != nil {
 					t.Error(err)
 					return
@@ -137,14 +137,14 @@ func TestOpenAuthority(t *testing.T) {
 		brought, data := newFiles(t)
 		v.put(ownSecret, own)
 		v.put(pluginSecret, data)
-		got, err := OpenAuthority(t.Context(), v, "cluster.local", silent())
+		got, _, err := OpenAuthority(t.Context(), v, "cluster.local", silent())
 		if err != nil || string(got.RootPEM()) != string(brought.RootPEM()) {
 			t.Errorf("the root is not that of %s: %v", pluginSecret, err)
 		}
 	})
 	t.Run("the API server is away for a while", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			if _, err := OpenAuthority(t.Context(), &vault{fails: 20}, "cluster.local", silent()); err != nil {
+			if _, _, err := OpenAuthority(t.Context(), &vault{fails: 20}, "cluster.local", silent()); err != nil {
 				t.Error(err)
 			}
 		})
@@ -163,13 +163,13 @@ func TestOpenAuthority(t *testing.T) {
 				}
 				ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 				defer cancel()
-				if a, err := OpenAuthority(ctx, v, "cluster.local", silent()); err == nil {
+				if a, _, err := OpenAuthority(ctx, v, "cluster.local", silent()); err == nil {
 					t.Errorf("opened %v with a key that is not the certificate's", a)
 				}
 				// Corrected, it is used without a restart.
 				done := make(chan error, 1)
 				go func() {
-					_, err := OpenAuthority(t.Context(), v, "cluster.local", silent())
+					_, _, err := OpenAuthority(t.Context(), v, "cluster.local", silent())
 					done <- err
 				}()
 				time.Sleep(time.Minute)

@@ -156,7 +156,8 @@ func serve(ctx context.Context, cfg config, clients kube.Clients, health *contro
 		return nil
 	}
 	withCA := func(ctx context.Context) error {
-		authority, err := control.OpenAuthority(ctx, kube.Secrets{Client: clients.Typed, Namespace: c.Namespace}, c.TrustDomain, log)
+		secrets := kube.Secrets{Client: clients.Typed, Namespace: c.Namespace}
+		authority, secret, err := control.OpenAuthority(ctx, secrets, c.TrustDomain, log)
 		if err != nil {
 			return nil // ctx has ended
 		}
@@ -165,8 +166,9 @@ func serve(ctx context.Context, cfg config, clients kube.Clients, health *contro
 		})
 		bundles := &kube.BundleWriter{Client: clients.Typed, Watcher: watcher, Roots: authority.RootPEM, Log: log}
 		statuses := &kube.StatusWriter{Dynamic: clients.Dynamic, Watcher: watcher, Log: log}
+		keeper := control.Keeper{Secrets: secrets, Authority: authority, Secret: secret, Log: log}
 		health.Ready("the CA")
-		return run.All(ctx, service.Run, func(ctx context.Context) error {
+		return run.All(ctx, service.Run, keeper.Run, func(ctx context.Context) error {
 			return kube.RunLeader(ctx, kube.LeaderConfig{
 				Client: clients.Typed, Namespace: c.Namespace, Identity: cfg.identity,
 				Tasks: []run.Task{bundles.Run, statuses.Run}, Log: log, Registerer: reg,
