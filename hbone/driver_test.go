@@ -17,6 +17,7 @@ import (
 	"time"
 
 	h2 "golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 	"golang.org/x/sync/semaphore"
 
 	"github.com/weft-mesh/weft/identity"
@@ -135,6 +136,42 @@ func TestResetIsNotAnEnd(t *testing.T) {
 			_ = s.Close()
 		}
 	})
+}
+
+// Only END_STREAM ends a direction: a reset that calls itself no error, and
+// comes without it, has cut the sender short like any other.
+func TestResetWithoutErrorIsNotAnEnd(t *testing.T) {
+	got := make(chan error, 1)
+	accepted := make(chan struct{})
+	w := newWorld(t, func(_ context.Context, r *Request) {
+		s, err := r.Accept(Header{})
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		close(accepted)
+		_, err = io.ReadAll(s)
+		got <- err
+	}, overSockets)
+	fr, _ := w.rawClient()
+	var block bytes.Buffer
+	enc := hpack.NewEncoder(&block)
+	for _, f := range [][2]string{{":method", "CONNECT"}, {":authority", target}} {
+		if err := enc.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	err := fr.WriteHeaders(h2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndHeaders: true})
+	if err == nil {
+		<-accepted
+		err = errors.Join(fr.WriteData(1, false, []byte("half of a sen")), fr.WriteRSTStream(1, h2.ErrCodeNo))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := <-got; !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the reader of a stream that was cut off sees %v, want ECONNRESET", err)
+	}
 }
 
 func TestClientResetEndsHandler(t *testing.T) {

@@ -391,17 +391,15 @@ func (l *link) Ended(id uint32) {
 	}
 }
 
-// Aborted tells the stream's reader, writer and owner.
+// Aborted tells the stream's reader, writer and owner. A server that is done
+// with us resets the stream with NO_ERROR, but ends its direction before
+// (RFC 9113 8.1); without that end it has cut us short.
 func (l *link) Aborted(id uint32, err *http2.StreamError, refused bool) {
 	s := l.streams[id]
 	if s == nil {
 		return
 	}
 	delete(l.streams, id)
-	if err.Code == http2.NoError && s.readErr == nil && s.isAnswered {
-		// A server that is done with us says so in this way (RFC 9113 8.1).
-		s.readErr = io.EOF
-	}
 	s.abort(err, refused)
 }
 
