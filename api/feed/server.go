@@ -31,10 +31,14 @@ type Subscriber struct {
 // ServerOptions are what a grpc.Server needs to carry a Server: requests may
 // name the versions of a whole mesh, clients may ping often, and nobody stays
 // longer than half an hour on a token that may have been revoked since. A
-// client that comes back is sent only what changed.
+// client that comes back is sent only what changed. Headers are read before
+// anybody has proved who he is, so they are small, and streams are few: a
+// proxy has one, and a call or two for certificates.
 func ServerOptions() []grpc.ServerOption {
 	return []grpc.ServerOption{
 		grpc.MaxRecvMsgSize(16 << 20),
+		grpc.MaxHeaderListSize(64 << 10),
+		grpc.MaxConcurrentStreams(100),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			Time: 30 * time.Second, Timeout: 10 * time.Second,
