@@ -52,7 +52,7 @@ func run(m *testing.M) (code int) {
 		}()
 	}
 	start := time.Now()
-	if world.a, err = install.Build(ctx); err != nil {
+	if world.a, err = install.Build(ctx, os.Stdout); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		return 1
 	}

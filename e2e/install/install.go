@@ -3,12 +3,15 @@
 package install
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/weft-mesh/weft/e2e/cluster"
 )
@@ -40,19 +43,19 @@ func Root() (string, error) {
 }
 
 // Build compiles the weft command and the release images into out/ of the
-// checkout. It is quick when nothing has changed.
-func Build(ctx context.Context) (Artifacts, error) {
+// checkout, and tells its progress to w. It is quick when nothing has changed.
+func Build(ctx context.Context, w io.Writer) (Artifacts, error) {
 	root, err := Root()
 	if err != nil {
 		return Artifacts{}, err
 	}
 	out := filepath.Join(root, "out")
 	a := Artifacts{CLI: filepath.Join(out, "bin", "weft")}
-	if err := goRun(ctx, root, "build", "-trimpath", "-ldflags", "-s -w -X main.version="+Tag, "-o", a.CLI, "./cmd/weft"); err != nil {
+	if err := goRun(ctx, w, "the weft command", root, "build", "-trimpath", "-ldflags", "-s -w -X main.version="+Tag, "-o", a.CLI, "./cmd/weft"); err != nil {
 		return Artifacts{}, fmt.Errorf("build the weft command: %w", err)
 	}
 	images := filepath.Join(out, "images")
-	if err := goRun(ctx, root, "run", "./deploy/images", "-registry", Registry, "-tag", Tag, "-o", images); err != nil {
+	if err := goRun(ctx, w, "the images of weft-control, weft-node and ztunnel", root, "run", "-trimpath", "./deploy/images", "-registry", Registry, "-tag", Tag, "-o", images); err != nil {
 		return Artifacts{}, fmt.Errorf("build the images: %w", err)
 	}
 	a.Images, err = filepath.Glob(filepath.Join(images, "*.tar"))
@@ -62,14 +65,34 @@ func Build(ctx context.Context) (Artifacts, error) {
 	return a, err
 }
 
-func goRun(ctx context.Context, dir string, args ...string) error {
+// goRun runs the go command in dir and says every ten seconds that it still
+// does: cold, it compiles for minutes.
+func goRun(ctx context.Context, w io.Writer, what, dir string, args ...string) error {
+	start := time.Now()
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		return err
 	}
-	return nil
+	done := make(chan error, 1)
+	go func() { done <- cmd.Wait() }()
+	tick := time.NewTicker(10 * time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case err := <-done:
+			if err != nil {
+				return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out.Bytes())
+			}
+			fmt.Fprintf(w, "        built %s in %v\n", what, time.Since(start).Round(100*time.Millisecond))
+			return nil
+		case <-tick.C:
+			fmt.Fprintf(w, "        building %s ... %v\n", what, time.Since(start).Round(time.Second))
+		}
+	}
 }
 
 // Weft runs the weft command against the cluster and returns what it printed.

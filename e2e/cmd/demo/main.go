@@ -77,7 +77,7 @@ func (d *demo) cluster(ctx context.Context) (err error) {
 
 func (d *demo) weft(ctx context.Context) error {
 	d.say("Building the images and the weft command ...")
-	a, err := install.Build(ctx)
+	a, err := install.Build(ctx, d.out)
 	if err != nil {
 		return err
 	}
