@@ -1,12 +1,14 @@
 package ztunnel
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
 	"net/netip"
 	"os"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -172,6 +174,54 @@ func TestLeaveTimeoutEndsTheRest(t *testing.T) {
 	n.Del(server.uid)
 	closed(t, c, 5*time.Second)
 	n.logged("drain time is over")
+}
+
+// slowOutlet is still dialing after its context has ended.
+type slowOutlet struct {
+	*fakeOutlet
+	t               *testing.T
+	dialing, closed chan struct{}
+	dialed          atomic.Bool
+}
+
+func (o *slowOutlet) Dial(ctx context.Context, _ string, _, _ netip.AddrPort, _ func(int) error) (*net.TCPConn, error) {
+	close(o.dialing)
+	<-ctx.Done()
+	select {
+	case <-o.closed:
+		o.t.Error("the namespace was closed while somebody dialed from it: its descriptor may be another pod's by now")
+	case <-time.After(100 * time.Millisecond):
+	}
+	o.dialed.Store(true)
+	return nil, ctx.Err()
+}
+
+func (o *slowOutlet) Close() error { close(o.closed); return nil }
+
+// A dial for a tunnel is nobody's in particular, and may last longer than the
+// pod's last connection.
+func TestPodIsNotClosedUnderADial(t *testing.T) {
+	w := newWorld(t)
+	n := w.node(func(c *Config) { c.LeaveTimeout = 10 * time.Millisecond })
+	server := w.node(nil).add("server", nil)
+	e, client := w.entry("client", freshAddr())
+	slow := &slowOutlet{fakeOutlet: client.outlet, t: t, dialing: make(chan struct{}), closed: make(chan struct{})}
+	n.enter = func(handoff.Files) (outlet, error) { return slow, nil }
+	if err := n.Add(t.Context(), e.Pod, e.Files); err != nil {
+		t.Fatal(err)
+	}
+	client.node = n
+	client.dial(w.publish("server", client, server, 80, nil))
+	<-slow.dialing
+	n.Del(client.uid)
+	eventually(t, "that the pod is closed", func() bool {
+		select {
+		case <-slow.closed:
+			return slow.dialed.Load()
+		default:
+			return false
+		}
+	})
 }
 
 func TestShutdownDrains(t *testing.T) {

@@ -88,9 +88,7 @@ func dupFD(f *os.File) (int, error) {
 // it is not captured, and blessed before its SYN, so that the guards let it
 // pass.
 func (q *pod) dialOut(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error) {
-	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
-	defer cancel()
-	c, err := q.out.Dial(ctx, "tcp", netip.AddrPort{}, to, func(fd int) error {
+	c, err := q.dial(ctx, to, func(fd int) error {
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, wireMark); err != nil {
 			return fmt.Errorf("mark socket: %w", err)
 		}
@@ -98,6 +96,24 @@ func (q *pod) dialOut(ctx context.Context, to netip.AddrPort) (*net.TCPConn, err
 	})
 	return tuned(c, err)
 }
+
+// dial connects from inside the pod, unless the pod has been closed. It keeps
+// the pod from being closed meanwhile, and ends with it.
+func (q *pod) dial(ctx context.Context, to netip.AddrPort, control func(fd int) error) (*net.TCPConn, error) {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	stop := context.AfterFunc(q.alive, cancel)
+	defer stop()
+	q.inUse.RLock()
+	defer q.inUse.RUnlock()
+	if q.closed {
+		return nil, errPodLeft
+	}
+	return q.out.Dial(ctx, "tcp", netip.AddrPort{}, to, control)
+}
+
+// errPodLeft says that a pod is not served any more.
+var errPodLeft = errors.New("the pod has left")
 
 // appTries bounds the ports that are tried for one connection to an
 // application.
@@ -113,7 +129,7 @@ func (q *pod) dialApp(ctx context.Context, client netip.Addr, to netip.AddrPort)
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
 	for try := 0; ; try++ {
-		c, err := q.out.Dial(ctx, "tcp", netip.AddrPort{}, to, func(fd int) error {
+		c, err := q.dial(ctx, to, func(fd int) error {
 			if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, localMark); err != nil {
 				return fmt.Errorf("mark socket: %w", err)
 			}

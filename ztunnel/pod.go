@@ -25,6 +25,11 @@ type pod struct {
 	id    mesh.Identity               // from the node agent, never from the View
 	info  atomic.Pointer[handoff.Pod] // addresses may be corrected
 
+	// inUse is read-locked while out and files are used. A dial may outlive
+	// what it was for, and a descriptor that is closed under it may be another
+	// pod's by then.
+	inUse     sync.RWMutex
+	closed    bool // guarded by inUse
 	out       outlet
 	files     handoff.Files // netns and map; the listeners are below
 	listeners [handoff.Roles]*net.TCPListener
@@ -191,8 +196,11 @@ func (q *pod) closeListeners() {
 	}
 }
 
-// close lets go of everything. No connection may be open.
+// close lets go of everything, once nobody dials. No connection may be open.
 func (q *pod) close() {
+	q.inUse.Lock()
+	defer q.inUse.Unlock()
+	q.closed = true
 	q.out.Close()
 	q.files.Close()
 }

@@ -313,7 +313,7 @@ func (p *Proxy) dialTunnel(ctx context.Context, t hbone.Target) (net.Conn, error
 	q := p.owners[t.Owner]
 	p.mu.Unlock()
 	if q == nil {
-		return nil, fmt.Errorf("connect to %v: the pod has left", t.Address)
+		return nil, fmt.Errorf("connect to %v: %w", t.Address, errPodLeft)
 	}
 	if _, err := p.cfg.Identity.Certificate(ctx, q.id); err != nil {
 		return nil, err
@@ -328,7 +328,7 @@ func (p *Proxy) tunnelTLS(t hbone.Target) (*tls.Config, error) {
 	q := p.owners[t.Owner]
 	p.mu.Unlock()
 	if q == nil || q.id != t.Source {
-		return nil, fmt.Errorf("tunnel to %v: the pod has left", t.Address)
+		return nil, fmt.Errorf("tunnel to %v: %w", t.Address, errPodLeft)
 	}
 	return identity.ClientTLS(p.cfg.Identity.Only(q.id), p.cfg.Roots, t.Peers), nil
 }
