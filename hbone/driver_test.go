@@ -598,6 +598,55 @@ func TestSilentHandshakesDoNotBlockOthers(t *testing.T) {
 	})
 }
 
+// Connections that prove nothing are bounded, and one that ends makes room.
+func TestSilentConnectionsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, echo, func(_ *world, s *ServerConfig, _ *PoolConfig) { s.MaxHandshakes = 3 })
+		var silent []net.Conn
+		for range 3 {
+			a, b := pipe(t)
+			silent = append(silent, a)
+			go func() { _ = w.server.ServeConn(t.Context(), b) }()
+		}
+		synctest.Wait()
+		began := time.Now()
+		if _, err := w.pool.Connect(t.Context(), w.target(), target, Header{}); err == nil || time.Since(began) > 0 {
+			t.Errorf("one more than the bound: %v after %v, want an error at once", err, time.Since(began))
+		}
+		_ = silent[0].Close()
+		synctest.Wait()
+		if _, err := w.pool.Connect(t.Context(), w.target(), target, Header{}); err != nil {
+			t.Errorf("with room for it: %v", err)
+		}
+		for _, c := range silent {
+			_ = c.Close()
+		}
+	})
+}
+
+// What a server waits for before a handshake takes no slot, and is bounded.
+func TestServerThatIsNotReady(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, echo, func(_ *world, s *ServerConfig, _ *PoolConfig) {
+			s.HandshakeTimeout = 3 * time.Second
+			s.Ready = func(ctx context.Context) error {
+				<-ctx.Done()
+				return errors.New("no certificate")
+			}
+		})
+		began := time.Now()
+		if _, err := w.pool.Connect(t.Context(), w.target(), target, Header{}); err == nil {
+			t.Error("a server that is not ready took a connection")
+		}
+		if d := time.Since(began); d != 3*time.Second {
+			t.Errorf("it ended after %v, want the handshake's timeout", d)
+		}
+		if err := <-w.errs; err == nil || !strings.Contains(err.Error(), "no certificate") {
+			t.Errorf("ServeConn: %v", err)
+		}
+	})
+}
+
 func TestTLSThatVerifiesNobodyIsRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, echo, func(w *world, sc *ServerConfig, _ *PoolConfig) {

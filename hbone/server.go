@@ -6,11 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
+	"github.com/weft-mesh/weft/hbone/record"
 	"github.com/weft-mesh/weft/internal/http2"
 	"github.com/weft-mesh/weft/mesh"
 	"golang.org/x/sync/semaphore"
@@ -36,6 +39,14 @@ type ServerConfig struct {
 	Handshakes *semaphore.Weighted
 	// HandshakeTimeout is 10 s if it is zero.
 	HandshakeTimeout time.Duration
+	// Ready is waited for before each handshake, at most HandshakeTimeout: a
+	// handshake that waits itself, for a certificate for example, keeps others
+	// from theirs. nil is always ready.
+	Ready func(ctx context.Context) error
+	// MaxHandshakes is how many connections may be waiting for the end of
+	// their handshake: 1024 if it is zero. More are closed. Anybody can open
+	// such connections, and each costs a descriptor of the process.
+	MaxHandshakes int
 	// DrainTimeout is how long open streams may go on when the server ends: 5 s
 	// if it is zero.
 	DrainTimeout time.Duration
@@ -45,7 +56,10 @@ type ServerConfig struct {
 
 // A Server takes tunnels. It holds no connections of its own: each is served
 // by a call of ServeConn. Use NewServer.
-type Server struct{ cfg ServerConfig }
+type Server struct {
+	cfg     ServerConfig
+	shaking atomic.Int64 // connections that have proved nothing yet
+}
 
 // NewServer returns a server for cfg.
 func NewServer(cfg ServerConfig) *Server {
@@ -58,6 +72,7 @@ func NewServer(cfg ServerConfig) *Server {
 		cfg.Handshakes = newHandshakes()
 	}
 	cfg.HandshakeTimeout = pick(cfg.HandshakeTimeout, 10*time.Second, time.Millisecond, time.Hour)
+	cfg.MaxHandshakes = pick(cfg.MaxHandshakes, 1024, 1, math.MaxInt)
 	cfg.DrainTimeout = pick(cfg.DrainTimeout, 5*time.Second, time.Millisecond, 24*time.Hour)
 	return &Server{cfg: cfg}
 }
@@ -74,7 +89,7 @@ func (s *Server) ServeConn(ctx context.Context, c net.Conn) error {
 		_ = c.Close() // there is nothing to lose yet
 		return errors.New("serve tunnel: no handler")
 	}
-	conn, peer, err := shake(ctx, c, s.cfg.TLS, ServerRole, s.cfg.HandshakeTimeout, s.cfg.Handshakes, s.cfg.Peer)
+	conn, peer, err := s.shake(ctx, c)
 	if err != nil {
 		return fmt.Errorf("serve tunnel: %w", err)
 	}
@@ -96,6 +111,28 @@ func (s *Server) ServeConn(ctx context.Context, c net.Conn) error {
 		return fmt.Errorf("serve tunnel of %v: %w", peer, err)
 	}
 	return nil
+}
+
+// errTooMany is why a connection is closed before its handshake.
+var errTooMany = errors.New("as many handshakes are under way as may be")
+
+// shake finds out who is at the other end of c, which it closes if it fails.
+func (s *Server) shake(ctx context.Context, c net.Conn) (*record.Conn, mesh.Identity, error) {
+	defer s.shaking.Add(-1)
+	if s.shaking.Add(1) > int64(s.cfg.MaxHandshakes) {
+		_ = c.Close() // there is nothing to lose yet
+		return nil, mesh.Identity{}, errTooMany
+	}
+	if s.cfg.Ready != nil {
+		ready, cancel := context.WithTimeout(ctx, s.cfg.HandshakeTimeout)
+		err := s.cfg.Ready(ready)
+		cancel()
+		if err != nil {
+			_ = c.Close() // as above
+			return nil, mesh.Identity{}, fmt.Errorf("not ready: %w", err)
+		}
+	}
+	return shake(ctx, c, s.cfg.TLS, ServerRole, s.cfg.HandshakeTimeout, s.cfg.Handshakes, s.cfg.Peer)
 }
 
 // drain waits for the end of ctx and then ends the link in order, if it can.

@@ -74,8 +74,12 @@ func newPod(p *Proxy, info handoff.Pod, id mesh.Identity, owner string, f handof
 	q.alive, q.forceStop = context.WithCancel(context.Background())
 	q.serving, q.stopServing = context.WithCancel(q.alive)
 	q.server = hbone.NewServer(hbone.ServerConfig{
-		TLS:          identity.ServerTLS(p.cfg.Identity.Only(id), p.cfg.Roots, p.cfg.TrustDomain),
-		Handle:       q.serveTunnel,
+		TLS:    identity.ServerTLS(p.cfg.Identity.Only(id), p.cfg.Roots, p.cfg.TrustDomain),
+		Handle: q.serveTunnel,
+		Ready: func(ctx context.Context) error {
+			_, err := p.cfg.Identity.Certificate(ctx, id)
+			return err
+		},
 		Log:          p.cfg.Log.With("pod", info.Name, "namespace", info.Namespace),
 		Handshakes:   p.handshakes,
 		DrainTimeout: p.cfg.LeaveTimeout + time.Minute, // finish ends it before
@@ -135,18 +139,11 @@ func tune(c *net.TCPConn) error {
 	}))
 }
 
-// serveHBONE serves one tunnel. It waits for the certificate first: a handshake
-// that waits would keep others from theirs.
+// serveHBONE serves one tunnel. Why one fails is not worth more than a line for
+// who looks closer: anybody can make them fail.
 func (q *pod) serveHBONE(c *net.TCPConn) {
 	stop := context.AfterFunc(q.alive, func() { c.Close() })
 	defer stop()
-	ctx, cancel := context.WithTimeout(q.serving, connectTimeout)
-	_, err := q.proxy.cfg.Identity.Certificate(ctx, q.id)
-	cancel()
-	if err != nil {
-		q.proxy.cfg.Log.Error("a tunnel was refused", "pod", q.info.Load().Name, "from", c.RemoteAddr(), "error", err)
-		return
-	}
 	if err := q.server.ServeConn(q.serving, c); err != nil {
 		q.proxy.cfg.Log.Debug("a tunnel ended", "pod", q.info.Load().Name, "from", c.RemoteAddr(), "error", err)
 	}
