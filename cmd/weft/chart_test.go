@@ -1,0 +1,129 @@
+package main
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+)
+
+// The rights are those that the code uses, and no others: a call that is added
+// needs a line here, and one that goes takes its line along.
+func TestRBAC(t *testing.T) {
+	want := map[string][]string{
+		"ClusterRole weft-control-weft-system": {
+			"authentication.k8s.io/tokenreviews create",
+			"configmaps create",
+			"configmaps[istio-ca-root-cert] list watch update",
+			"discovery.k8s.io/endpointslices get list watch",
+			"namespaces get list watch", "nodes get list watch", "pods get list watch", "services get list watch",
+			"security.istio.io/authorizationpolicies get list watch",
+			"security.istio.io/authorizationpolicies/status patch",
+			"security.istio.io/peerauthentications get list watch",
+			"security.istio.io/peerauthentications/status patch",
+		},
+		"Role weft-system/weft-control": {
+			"coordination.k8s.io/leases create",
+			"coordination.k8s.io/leases[weft-control] get update",
+			"secrets create",
+			"secrets[weft-ca-secret,cacerts] get",
+		},
+		"ClusterRole weft-node-weft-system": {"events create", "namespaces get list watch", "pods get list watch patch"},
+		"Role weft-system/weft-node":        {"apps/daemonsets[ztunnel] get list watch"},
+	}
+	got := map[string][]string{}
+	for _, o := range rendered(t).objects {
+		rules, ok, _ := unstructured.NestedSlice(o.Object, "rules")
+		if !ok {
+			continue
+		}
+		var lines []string
+		for _, r := range rules {
+			lines = append(lines, ruleLines(r.(map[string]any))...)
+		}
+		slices.Sort(lines)
+		got[describe(o)] = lines
+	}
+	for _, lines := range want {
+		slices.Sort(lines)
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("rights (-want +got):\n%s", diff)
+	}
+}
+
+// ruleLines writes a rule as one line for each resource.
+func ruleLines(rule map[string]any) []string {
+	list := func(key string) []string { l, _, _ := unstructured.NestedStringSlice(rule, key); return l }
+	var out []string
+	for _, group := range list("apiGroups") {
+		for _, resource := range list("resources") {
+			line := resource
+			if group != "" {
+				line = group + "/" + resource
+			}
+			if names := list("resourceNames"); len(names) > 0 {
+				line += "[" + strings.Join(names, ",") + "]"
+			}
+			out = append(out, line+" "+strings.Join(list("verbs"), " "))
+		}
+	}
+	return out
+}
+
+// Values that a user may well set give objects that Kubernetes accepts.
+func TestValues(t *testing.T) {
+	daemonSet := func(t *testing.T, sets ...string) map[string]any {
+		t.Helper()
+		for _, o := range rendered(t, sets...).objects {
+			if o.GetKind() == "DaemonSet" {
+				return o.Object["spec"].(map[string]any)
+			}
+		}
+		t.Fatal("no DaemonSet")
+		return nil
+	}
+	field := func(spec map[string]any, path ...string) string {
+		v, _, _ := unstructured.NestedFieldNoCopy(spec, path...)
+		return fmt.Sprint(v)
+	}
+	for _, tc := range []struct {
+		name string
+		sets []string
+		path []string
+		want string
+	}{
+		{"an update starts the new pod first", nil, []string{"updateStrategy"}, "map[rollingUpdate:map[maxSurge:1 maxUnavailable:0] type:RollingUpdate]"},
+		{"an update strategy replaces ours", []string{"updateStrategy.rollingUpdate.maxUnavailable=1"}, []string{"updateStrategy"}, "map[rollingUpdate:map[maxUnavailable:1]]"},
+		{"no node selector", []string{"nodeSelector=null"}, []string{"template", "spec", "nodeSelector"}, "map[]"},
+		{"no tolerations", []string{"tolerations=null"}, []string{"template", "spec", "tolerations"}, "<nil>"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			if got := field(daemonSet(t, tc.sets...), tc.path...); got != tc.want {
+				t.Errorf("%s is %s, want %s", strings.Join(tc.path, "."), got, tc.want)
+			}
+		})
+	}
+	t.Run("no excluded namespaces but our own", func(t *testing.T) {
+		text := fmt.Sprint(daemonSet(t, "node.excludeNamespaces=null"))
+		if !strings.Contains(text, "--exclude-namespaces=weft-system ") {
+			t.Errorf("no such argument in %s", text)
+		}
+	})
+	t.Run("every top value may be null", func(t *testing.T) {
+		c, err := loadChart()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, key := range slices.Sorted(maps.Keys(c.Values)) {
+			if _, isMap := c.Values[key].(map[string]any); isMap && key != "nodeSelector" && key != "updateStrategy" {
+				continue // a group of values
+			}
+			rendered(t, key+"=null")
+		}
+	})
+}
