@@ -39,7 +39,8 @@ type Tap struct {
 }
 
 // Open starts to record at an interface of the network namespace at path, for
-// example "/run/netns/node1" and "eth0". It needs CAP_NET_RAW and CAP_SYS_ADMIN.
+// example "/run/netns/node1" and "eth0"; an empty interface is all of them. It
+// needs CAP_NET_RAW and CAP_SYS_ADMIN.
 func Open(path, iface string) (*Tap, error) {
 	fd, err := packetSocket(path, iface)
 	if err != nil {
@@ -81,20 +82,33 @@ func packetSocketHere(path, iface string) (int, error) {
 	if err != nil {
 		return -1, fmt.Errorf("packet socket: %w", err)
 	}
-	ifr, err := unix.NewIfreq(iface)
-	if err == nil {
-		err = unix.IoctlIfreq(fd, unix.SIOCGIFINDEX, ifr)
-	}
+	index, err := indexOf(fd, iface)
 	if err == nil {
 		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 32<<20)
 		_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 100_000})
-		err = unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: int(ifr.Uint32())})
+		err = unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: index})
 	}
 	if err != nil {
 		unix.Close(fd)
 		return -1, err
 	}
 	return fd, nil
+}
+
+// indexOf returns the index of an interface of the socket's namespace; 0, for
+// all, if it has no name.
+func indexOf(fd int, iface string) (int, error) {
+	if iface == "" {
+		return 0, nil
+	}
+	ifr, err := unix.NewIfreq(iface)
+	if err != nil {
+		return 0, err
+	}
+	if err := unix.IoctlIfreq(fd, unix.SIOCGIFINDEX, ifr); err != nil {
+		return 0, err
+	}
+	return int(ifr.Uint32()), nil
 }
 
 func (t *Tap) read() {
