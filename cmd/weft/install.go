@@ -17,6 +17,9 @@ import (
 // deletes no other.
 const managedBy = "app.kubernetes.io/managed-by"
 
+// partOf labels everything of the chart.
+const partOf = "app.kubernetes.io/part-of"
+
 func installCommand(to *target) *cobra.Command {
 	var s settings
 	var dryRun bool
@@ -29,7 +32,7 @@ It may be run again at any time: it changes what differs and keeps the rest,
 including the certificate authority and every captured pod.`,
 		Example: `  weft install --image-registry registry.example.com/weft --image-tag v0.1.0
   weft install --image-registry registry.example.com/weft --set ztunnel.sameNode=direct
-  weft install --image-registry registry.example.com/weft --dry-run > weft.yaml`,
+  weft install --image-registry registry.example.com/weft --dry-run | kubectl apply -f -`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if dryRun {
@@ -37,7 +40,7 @@ including the certificate authority and every captured pod.`,
 				if err != nil {
 					return err
 				}
-				return r.print(cmd.OutOrStdout())
+				return printAll(cmd.OutOrStdout(), r.all(to.namespace))
 			}
 			return install(cmd.Context(), cmd.OutOrStdout(), to, s, wait)
 		},
@@ -52,9 +55,9 @@ including the certificate authority and every captured pod.`,
 	return c
 }
 
-// print writes all objects as YAML documents, definitions first.
-func (r rendering) print(w io.Writer) error {
-	for _, o := range append(r.crds, r.objects...) {
+// printAll writes objects as YAML documents.
+func printAll(w io.Writer, list []*unstructured.Unstructured) error {
+	for _, o := range list {
 		b, err := yaml.Marshal(o.Object)
 		if err != nil {
 			return err
@@ -77,6 +80,9 @@ func install(ctx context.Context, out io.Writer, to *target, s settings, wait ti
 	}
 	r, err := render(to.namespace, server.GitVersion, s)
 	if err != nil {
+		return err
+	}
+	if err := k.onlyIn(ctx, to.namespace); err != nil {
 		return err
 	}
 	fmt.Fprintf(out, "Installing Weft %s in namespace %s of %s (Kubernetes %s)\n", version, to.namespace, k.host, server.GitVersion)
@@ -103,16 +109,36 @@ func install(ctx context.Context, out io.Writer, to *target, s settings, wait ti
 	return nil
 }
 
+// onlyIn refuses a second Weft: two agents on a node would fight over its pods.
+func (k *kube) onlyIn(ctx context.Context, namespace string) error {
+	list, err := k.typed.AppsV1().DaemonSets("").List(ctx, metav1.ListOptions{LabelSelector: partOf + "=weft"})
+	if err != nil {
+		return fmt.Errorf("look for another Weft in the cluster: %w", err)
+	}
+	for _, d := range list.Items {
+		if d.Namespace != namespace {
+			return fmt.Errorf("namespace %s of this cluster has a Weft already: name it with -n %s, or uninstall it there first", d.Namespace, d.Namespace)
+		}
+	}
+	return nil
+}
+
 func namespaceObject(name string) *unstructured.Unstructured {
 	return &unstructured.Unstructured{Object: map[string]any{
 		"apiVersion": "v1", "kind": "Namespace",
-		"metadata": map[string]any{"name": name, "labels": map[string]any{managedBy: "weft"}},
+		"metadata": map[string]any{"name": name, "labels": map[string]any{
+			managedBy: "weft",
+			// The agent mounts directories of the node; clusters that refuse
+			// that by default make an exception for labelled namespaces.
+			"pod-security.kubernetes.io/enforce": "privileged",
+		}},
 	}}
 }
 
-// installCRDs makes the definitions that the cluster lacks, and waits until
-// they are served. One that is there already, from Istio for example, is left
-// as it is: it knows more fields than ours, not fewer.
+// installCRDs makes the definitions that the cluster lacks, brings those of an
+// older Weft to this version, and waits until they are served. One of somebody
+// else, from Istio for example, is left as it is: it knows more fields than
+// ours, not fewer. But it must serve the version that weft-control reads.
 func (k *kube) installCRDs(ctx context.Context, out io.Writer, crds []*unstructured.Unstructured) error {
 	for _, crd := range crds {
 		made, err := k.create(ctx, crd)
@@ -121,6 +147,8 @@ func (k *kube) installCRDs(ctx context.Context, out io.Writer, crds []*unstructu
 		}
 		if made {
 			fmt.Fprintf(out, "Definition of %s created\n", crd.GetName())
+		} else if err := k.updateOwn(ctx, crd); err != nil {
+			return err
 		}
 		err = await(ctx, out, time.Minute, func(ctx context.Context) (bool, string, error) {
 			r, err := k.resource(crd)
@@ -131,6 +159,9 @@ func (k *kube) installCRDs(ctx context.Context, out io.Writer, crds []*unstructu
 			if err != nil {
 				return false, "", err
 			}
+			if lacks := lacksVersion(got, crd); lacks != "" {
+				return false, "", fmt.Errorf("%w: the cluster's definition %s, which is not Weft's, does not serve %s: update it", errFinal, crd.GetName(), lacks)
+			}
 			return established(got), "", nil
 		})
 		if err != nil {
@@ -138,6 +169,43 @@ func (k *kube) installCRDs(ctx context.Context, out io.Writer, crds []*unstructu
 		}
 	}
 	return nil
+}
+
+// updateOwn applies o if what is there is Weft's.
+func (k *kube) updateOwn(ctx context.Context, o *unstructured.Unstructured) error {
+	r, err := k.resource(o)
+	if err != nil {
+		return err
+	}
+	got, err := r.Get(ctx, o.GetName(), metav1.GetOptions{})
+	if err != nil {
+		return fmt.Errorf("read %s: %w", describe(o), err)
+	}
+	if got.GetLabels()[partOf] != "weft" {
+		return nil
+	}
+	return k.apply(ctx, o)
+}
+
+// lacksVersion returns the storage version of want if got does not serve it.
+func lacksVersion(got, want *unstructured.Unstructured) string {
+	served := map[string]bool{}
+	each := func(crd *unstructured.Unstructured, f func(name string, v map[string]any)) {
+		versions, _, _ := unstructured.NestedSlice(crd.Object, "spec", "versions")
+		for _, v := range versions {
+			if m, ok := v.(map[string]any); ok {
+				f(fmt.Sprint(m["name"]), m)
+			}
+		}
+	}
+	each(got, func(name string, v map[string]any) { served[name] = v["served"] == true })
+	lacks := ""
+	each(want, func(name string, v map[string]any) {
+		if v["storage"] == true && !served[name] {
+			lacks = name
+		}
+	})
+	return lacks
 }
 
 func established(crd *unstructured.Unstructured) bool {

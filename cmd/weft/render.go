@@ -43,25 +43,31 @@ func (s settings) values() (map[string]any, error) {
 		}
 		v = chartutil.CoalesceTables(add, v)
 	}
-	sets := slices.Clone(s.sets)
-	if s.registry != "" {
-		sets = append(sets, "image.registry="+s.registry)
-	}
-	if s.tag != "" {
-		sets = append(sets, "image.tag="+s.tag)
-	}
-	for _, set := range sets {
+	for _, set := range s.sets {
 		if err := strvals.ParseInto(set, v); err != nil {
 			return nil, fmt.Errorf("read --set %s: %w: want key=value, for example ztunnel.sameNode=direct", set, err)
 		}
 	}
-	return v, nil
+	// Flags of their own are text as it is: a tag may look like a number.
+	image := map[string]any{}
+	if s.registry != "" {
+		image["registry"] = s.registry
+	}
+	if s.tag != "" {
+		image["tag"] = s.tag
+	}
+	return chartutil.CoalesceTables(map[string]any{"image": image}, v), nil
 }
 
 // A rendering is the chart's objects, in the order in which to apply them.
 type rendering struct {
 	crds    []*unstructured.Unstructured
 	objects []*unstructured.Unstructured
+}
+
+// all returns everything that an empty cluster needs, with the namespace.
+func (r rendering) all(namespace string) []*unstructured.Unstructured {
+	return slices.Concat(r.crds, []*unstructured.Unstructured{namespaceObject(namespace)}, r.objects)
 }
 
 // render renders the chart for a namespace and Kubernetes version ("v1.36.3";
@@ -85,6 +91,9 @@ func render(namespace, kubeVersion string, s settings) (rendering, error) {
 			return rendering{}, fmt.Errorf("read the cluster's version: %w", err)
 		}
 		caps.KubeVersion = *kv
+		if want := c.Metadata.KubeVersion; !chartutil.IsCompatibleRange(want, kv.Version) {
+			return rendering{}, fmt.Errorf("the cluster is Kubernetes %s and Weft needs %s: upgrade the cluster", kubeVersion, want)
+		}
 	}
 	release := chartutil.ReleaseOptions{Name: "weft", Namespace: namespace, IsInstall: true}
 	all, err := chartutil.ToRenderValues(c, user, release, caps)

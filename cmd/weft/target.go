@@ -153,8 +153,12 @@ func describe(o *unstructured.Unstructured) string {
 	return o.GetKind() + " " + o.GetNamespace() + "/" + o.GetName()
 }
 
+// errFinal marks an error for which there is no use in asking again.
+var errFinal = errors.New("cannot go on")
+
 // await asks again and again until done says that it is, telling progress to
-// out whenever it changes.
+// out whenever it changes. An error is progress too, unless it will not go
+// away: errFinal, or a right that is missing.
 func await(ctx context.Context, out io.Writer, limit time.Duration, done func(context.Context) (bool, string, error)) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
@@ -165,6 +169,9 @@ func await(ctx context.Context, out io.Writer, limit time.Duration, done func(co
 		ok, progress, err := done(ctx)
 		if ok {
 			return nil
+		}
+		if errors.Is(err, errFinal) || apierrors.IsForbidden(err) {
+			return err
 		}
 		if err != nil && ctx.Err() == nil {
 			progress = err.Error()

@@ -30,6 +30,8 @@ func TestCommandLine(t *testing.T) {
 		{"a set without a value", []string{"install", "--dry-run", "--image-registry", "r", "--set", "x"}, 1, "want key=value"},
 		{"a values file that is not there", []string{"install", "--dry-run", "-f", "no/such.yaml"}, 1, "no/such.yaml"},
 		{"dry run prints objects", []string{"install", "--dry-run", "--image-registry", "reg.example/weft", "--image-tag", "v9"}, 0, "image: reg.example/weft/ztunnel:v9"},
+		{"a tag that looks like a number", []string{"install", "--dry-run", "--image-registry", "reg", "--image-tag", "20261121"}, 0, "image: reg/ztunnel:20261121"},
+		{"the dry run makes the namespace", []string{"install", "--dry-run", "--image-registry", "reg", "-n", "mesh"}, 0, "kind: Namespace\nmetadata:\n  labels:\n    app.kubernetes.io/managed-by: weft\n    pod-security.kubernetes.io/enforce: privileged\n  name: mesh\n"},
 		{"completion", []string{"completion", "bash"}, 0, "weft"},
 	}
 	for _, r := range rows {
