@@ -3,6 +3,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -10,6 +11,8 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 )
 
 // version is set when a release is built.
@@ -18,6 +21,7 @@ var version = "dev"
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
+	context.AfterFunc(ctx, stop) // a second ^C ends a command that does not listen to the first
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
 
@@ -29,10 +33,26 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 	root.SetOut(out)
 	root.SetErr(errOut)
 	if err := root.ExecuteContext(ctx); err != nil {
-		fmt.Fprintln(errOut, "weft:", err)
+		fmt.Fprintln(errOut, "weft:", advise(err))
 		return 1
 	}
 	return 0
+}
+
+// advise adds to an error what to do about it, where every command has the
+// same advice.
+func advise(err error) error {
+	switch {
+	case errors.Is(err, context.Canceled):
+		return fmt.Errorf("interrupted: %w", err)
+	case apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause):
+		return fmt.Errorf("%w: wait until the namespace is gone (kubectl get namespaces), then run the command again", err)
+	case apierrors.IsForbidden(err):
+		return fmt.Errorf("%w: this needs the rights of a cluster admin; see who you are with kubectl auth whoami, and choose another --context", err)
+	case apierrors.IsUnauthorized(err):
+		return fmt.Errorf("%w: log in to the cluster again, or choose another --context", err)
+	}
+	return err
 }
 
 func command() *cobra.Command {

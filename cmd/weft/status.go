@@ -15,6 +15,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
 )
 
 // A status is how Weft is in one cluster.
@@ -107,7 +108,7 @@ func statusCommand(to *target) *cobra.Command {
 
 // status asks everyone, and then says what is wrong.
 func (k *kube) status(ctx context.Context, namespace string) (status, error) {
-	s := status{Namespace: namespace}
+	s := status{Namespace: namespace, Nodes: []nodeStatus{}}
 	d, err := k.typed.AppsV1().Deployments(namespace).Get(ctx, "weft-control", metav1.GetOptions{})
 	if err != nil && !apierrors.IsNotFound(err) {
 		return s, fmt.Errorf("read the Deployment weft-control: %w", err)
@@ -123,12 +124,32 @@ func (k *kube) status(ctx context.Context, namespace string) (status, error) {
 	if err != nil {
 		return s, fmt.Errorf("list the pods of ztunnel: %w", err)
 	}
+	wanted, err := k.wantedOn(ctx, namespace)
+	if err != nil {
+		return s, err
+	}
 	for _, n := range nodes.Items {
+		if !wanted.Matches(labels.Set(n.Labels)) {
+			continue // Windows, say, or excluded by the user
+		}
 		s.Nodes = append(s.Nodes, k.node(ctx, n.Name, pods.Items))
 	}
 	slices.SortFunc(s.Nodes, func(a, b nodeStatus) int { return strings.Compare(a.Node, b.Node) })
 	s.Problems = s.problems()
 	return s, nil
+}
+
+// wantedOn selects the nodes that the DaemonSet is meant for. Without one it
+// selects all: each lacks a pod then.
+func (k *kube) wantedOn(ctx context.Context, namespace string) (labels.Selector, error) {
+	ds, err := k.typed.AppsV1().DaemonSets(namespace).Get(ctx, "ztunnel", metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return labels.Everything(), nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read the DaemonSet ztunnel: %w", err)
+	}
+	return labels.SelectorFromSet(ds.Spec.Template.Spec.NodeSelector), nil
 }
 
 // node asks the agent of one node. During an update a node has two pods; the
@@ -184,6 +205,8 @@ func (s status) problems() []string {
 	case !s.Control.Installed:
 		say("Weft is not installed in namespace %s: run weft install, or name another namespace with -n", s.Namespace)
 		return ps
+	case s.Control.Wanted == 0:
+		say("weft-control is scaled to 0: new pods get no certificates, and changes do not reach the proxies; kubectl scale deployment -n %s weft-control --replicas=1", s.Namespace)
 	case s.Control.Ready < s.Control.Wanted:
 		say("weft-control: %d of %d ready: see kubectl describe pods -n %s -l app=weft-control", s.Control.Ready, s.Control.Wanted, s.Namespace)
 	}
@@ -194,6 +217,9 @@ func (s status) problems() []string {
 		}
 		for _, p := range n.Agent.Problems {
 			say("node %s: %s", n.Node, p)
+		}
+		if !n.Agent.Ready && len(n.Agent.Problems) == 0 {
+			say("node %s: the agent is not ready: see kubectl logs -n %s %s -c weft-node", n.Node, s.Namespace, n.Pod)
 		}
 		if !n.Ztunnel {
 			say("node %s: ztunnel is not ready: see kubectl logs -n %s %s -c istio-proxy", n.Node, s.Namespace, n.Pod)

@@ -6,11 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -28,7 +30,7 @@ configuration. Then it removes the rest. Pods are not restarted. Policies and
 their definitions stay unless --crds is given.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if !yes && !confirm(cmd.InOrStdin(), cmd.OutOrStdout(), to.namespace, crds) {
+			if !yes && !confirm(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout(), to.namespace, crds) {
 				return errors.New("nothing was removed")
 			}
 			return uninstall(cmd.Context(), cmd.OutOrStdout(), to, crds, wait)
@@ -41,15 +43,26 @@ their definitions stay unless --crds is given.`,
 	return c
 }
 
-// confirm asks whether to go on. Anything but "yes" is no.
-func confirm(in io.Reader, out io.Writer, namespace string, crds bool) bool {
+// confirm asks whether to go on. Anything but "yes" is no, and so is the end of
+// ctx; the reader of in is left behind then, because a read cannot be ended.
+func confirm(ctx context.Context, in io.Reader, out io.Writer, namespace string, crds bool) bool {
 	what := "Weft"
 	if crds {
 		what = "Weft, and every AuthorizationPolicy and PeerAuthentication of the cluster"
 	}
 	fmt.Fprintf(out, "This removes %s from namespace %s. Traffic of meshed pods will be in clear. Type yes to go on: ", what, namespace)
-	line, _ := bufio.NewReader(in).ReadString('\n')
-	return strings.TrimSpace(line) == "yes"
+	answer := make(chan string, 1)
+	go func() {
+		line, _ := bufio.NewReader(in).ReadString('\n')
+		answer <- strings.TrimSpace(line)
+	}()
+	select {
+	case line := <-answer:
+		return line == "yes"
+	case <-ctx.Done():
+		fmt.Fprintln(out)
+		return false
+	}
 }
 
 func uninstall(ctx context.Context, out io.Writer, to *target, crds bool, wait time.Duration) error {
@@ -61,6 +74,13 @@ func uninstall(ctx context.Context, out io.Writer, to *target, crds bool, wait t
 	r, err := render(to.namespace, "", settings{registry: "unused"})
 	if err != nil {
 		return err
+	}
+	there, err := k.traces(ctx, to.namespace, r)
+	if err != nil {
+		return err
+	}
+	if !there && !crds {
+		return fmt.Errorf("there is no Weft in namespace %s, and nothing was removed: name another namespace with -n", to.namespace)
 	}
 	if err := k.releaseNodes(ctx, out, to.namespace, wait); err != nil {
 		return err
@@ -89,6 +109,32 @@ func uninstall(ctx context.Context, out io.Writer, to *target, crds bool, wait t
 	return k.removeNamespace(ctx, out, to.namespace)
 }
 
+// traces reports whether anything of an installation is there, if only half of
+// it: one of its objects, or the namespace that install has made.
+func (k *kube) traces(ctx context.Context, namespace string, r rendering) (bool, error) {
+	ns, err := k.typed.CoreV1().Namespaces().Get(ctx, namespace, metav1.GetOptions{})
+	if err != nil && !apierrors.IsNotFound(err) {
+		return false, fmt.Errorf("read namespace %s: %w", namespace, err)
+	}
+	if err == nil && ns.Labels[managedBy] == "weft" {
+		return true, nil
+	}
+	for _, o := range r.objects {
+		res, err := k.resource(o)
+		if err != nil {
+			return false, err
+		}
+		_, err = res.Get(ctx, o.GetName(), metav1.GetOptions{})
+		if err == nil {
+			return true, nil
+		}
+		if !apierrors.IsNotFound(err) {
+			return false, fmt.Errorf("look for %s: %w", describe(o), err)
+		}
+	}
+	return false, nil
+}
+
 // releaseNodes deletes the DaemonSet and waits until its last pod is gone: by
 // then each agent has let its pods go.
 func (k *kube) releaseNodes(ctx context.Context, out io.Writer, namespace string, wait time.Duration) error {
@@ -101,13 +147,28 @@ func (k *kube) releaseNodes(ctx context.Context, out io.Writer, namespace string
 		if err != nil {
 			return false, "", err
 		}
-		return len(pods.Items) == 0, fmt.Sprintf("waiting for %d nodes to let their pods go", len(pods.Items)), nil
+		return len(pods.Items) == 0, waitingFor(pods.Items), nil
 	})
 	if err != nil {
-		return fmt.Errorf("wait for the nodes: %w: look at the logs of the pods that remain (kubectl logs -n %s -l app=ztunnel -c weft-node), then run uninstall again", err, namespace)
+		return fmt.Errorf("wait for the nodes: %w: look at the logs of the pods that remain (kubectl logs -n %s -l app=ztunnel -c weft-node); "+
+			"if a node is down for good, delete it (kubectl delete node NAME); then run uninstall again", err, namespace)
 	}
 	fmt.Fprintln(out, "Every node has let its pods go; their traffic is direct")
 	return nil
+}
+
+// waitingFor says which nodes still have a pod.
+func waitingFor(pods []corev1.Pod) string {
+	const most = 5
+	nodes := map[string]bool{}
+	for _, p := range pods {
+		nodes[p.Spec.NodeName] = true
+	}
+	names := slices.Sorted(maps.Keys(nodes))
+	if n := len(names) - most; n > 0 {
+		names = append(names[:most], fmt.Sprintf("and %d more", n))
+	}
+	return "waiting for nodes to let their pods go: " + strings.Join(names, ", ")
 }
 
 // removeRoots deletes the root certificate's ConfigMap from every namespace, where

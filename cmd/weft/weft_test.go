@@ -161,6 +161,12 @@ func TestProblems(t *testing.T) {
 		{"all is well", func(*status) {}, ""},
 		{"not installed", func(s *status) { s.Control.Installed = false }, "weft install"},
 		{"control is not ready", func(s *status) { s.Control.Ready = 0 }, "0 of 1 ready"},
+		{"control is scaled to nothing", func(s *status) { s.Control.Ready, s.Control.Wanted = 0, 0 }, "scaled to 0"},
+		{"the agent is not ready and does not say why", func(s *status) { s.Nodes[0].Agent.Ready = false }, "agent is not ready"},
+		{"the agent is not ready and says why", func(s *status) {
+			s.Nodes[0].Agent.Ready = false
+			s.Nodes[0].Agent.Problems = []string{"no BTF"}
+		}, "node a: no BTF"},
 		{"a node without a pod", func(s *status) { s.Nodes[0].Pod = "" }, "not captured"},
 		{"ztunnel is not ready", func(s *status) { s.Nodes[0].Ztunnel = false }, "ztunnel is not ready"},
 		{"the agent says why", func(s *status) { s.Nodes[0].Agent.Problems = []string{"no BTF"} }, "node a: no BTF"},
