@@ -156,14 +156,24 @@ func TestAgentKilled(t *testing.T) {
 }
 
 // A rolling update replaces agent and ztunnel on both nodes: no request on a
-// new connection fails.
+// new connection fails, and pods that are made meanwhile start in the mesh.
 func TestRollingRestart(t *testing.T) {
 	s := startSteady(t, "asks-rolling-restart", false)
 	start := time.Now()
 	kubectl(t, "rollout", "restart", "-n", "weft-system", "daemonset/ztunnel")
+	var y string
+	for i := range 6 {
+		y += podYAML(meshed, fmt.Sprintf("made-meanwhile-%d", i), fmt.Sprintf("node%d", i%2+1), "args: [sleep]")
+	}
+	apply(t, y)
 	kubectl(t, "rollout", "status", "-n", "weft-system", "daemonset/ztunnel", "--timeout=120s")
 	wantProxies(t, 0)
 	t.Logf("the rollout took %v", time.Since(start).Round(100*time.Millisecond))
+	for i := range 6 {
+		pod := fmt.Sprintf("made-meanwhile-%d", i)
+		kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod/"+pod, "--timeout=60s")
+		wantCaptured(t, meshed, pod, true)
+	}
 	s.served(t, 20)
 	if o := s.outcome(t, "rolling restart"); o.Failed > 0 {
 		t.Errorf("got %+v, want nothing failed", o)
