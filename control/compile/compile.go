@@ -67,7 +67,7 @@ type World struct {
 	Statuses  []Status // sorted by kind, then name
 
 	settings  Settings
-	selecting map[string][]selectingService // services with a selector, by namespace
+	selecting map[labelPair][]selectingService // services with a selector, by one of its pairs
 	fromAddr  map[netip.Addr][]mesh.Membership
 	fromPod   map[mesh.Name][]mesh.Membership
 	claimed   map[netip.Addr]bool

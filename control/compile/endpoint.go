@@ -22,10 +22,7 @@ const ManagedBySelector = "endpointslice-controller.k8s.io"
 // select it, and those whose slices name it. Sorted by service.
 func (w *World) memberships(pod *corev1.Pod, addrs []netip.Addr) []mesh.Membership {
 	var out []mesh.Membership
-	for _, s := range w.selecting[pod.Namespace] {
-		if !s.selector.Matches(labels.Set(pod.Labels)) {
-			continue
-		}
+	for _, s := range w.selected(pod) {
 		m := mesh.Membership{Service: s.name}
 		for _, p := range s.ports {
 			if target := podPort(pod, p); target != 0 {
@@ -47,6 +44,19 @@ func (w *World) memberships(pod *corev1.Pod, addrs []netip.Addr) []mesh.Membersh
 		}
 	}
 	return mergeMemberships(out)
+}
+
+// selected returns the services whose selector matches the pod, in no order.
+func (w *World) selected(pod *corev1.Pod) []selectingService {
+	var out []selectingService
+	for k, v := range pod.Labels {
+		for _, s := range w.selecting[labelPair{pod.Namespace, k, v}] {
+			if s.selector.Matches(labels.Set(pod.Labels)) {
+				out = append(out, s)
+			}
+		}
+	}
+	return out
 }
 
 // podPort returns the port of the pod behind the service port p, or 0 when

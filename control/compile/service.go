@@ -1,6 +1,7 @@
 package compile
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -16,6 +17,23 @@ import (
 // spec.trafficDistribution; it wins over the field.
 const annotationDistribution = "networking.istio.io/traffic-distribution"
 
+// A labelPair is a label with its value, of the objects of a namespace.
+type labelPair struct{ namespace, key, value string }
+
+// rarest returns the pair of the service's selector that the fewest selectors
+// share. A pod is held against the services that are filed under its labels,
+// and those that all services have in common would be of no help.
+func rarest(s *corev1.Service, shared map[labelPair]int) labelPair {
+	var best labelPair
+	for _, k := range slices.Sorted(maps.Keys(s.Spec.Selector)) {
+		p := labelPair{s.Namespace, k, s.Spec.Selector[k]}
+		if best == (labelPair{}) || shared[p] < shared[best] {
+			best = p
+		}
+	}
+	return best
+}
+
 // A selectingService is a service whose endpoints are the pods it selects.
 type selectingService struct {
 	name     mesh.ServiceName
@@ -25,7 +43,13 @@ type selectingService struct {
 
 // compileServices fills Services and the index of selectors.
 func (w *World) compileServices(in []*corev1.Service) {
-	w.selecting = map[string][]selectingService{}
+	w.selecting = map[labelPair][]selectingService{}
+	shared := map[labelPair]int{} // by how many selectors
+	for _, s := range in {
+		for k, v := range s.Spec.Selector {
+			shared[labelPair{s.Namespace, k, v}]++
+		}
+	}
 	for _, s := range in {
 		if s.Spec.Type == corev1.ServiceTypeExternalName {
 			continue // a DNS alias: there is nothing to send to at this level
@@ -34,7 +58,8 @@ func (w *World) compileServices(in []*corev1.Service) {
 		if len(s.Spec.Selector) == 0 {
 			continue
 		}
-		w.selecting[s.Namespace] = append(w.selecting[s.Namespace], selectingService{
+		at := rarest(s, shared)
+		w.selecting[at] = append(w.selecting[at], selectingService{
 			name:     w.settings.serviceName(s.Namespace, s.Name),
 			selector: labels.SelectorFromSet(s.Spec.Selector),
 			ports:    tcpPorts(s),
