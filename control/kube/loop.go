@@ -170,10 +170,10 @@ func (c *compiler) compileWorld() {
 	c.w.cfg.Sink.SetServices(c.world.Services)
 	// Policies first, so that no workload lists one that has not arrived;
 	// and those that are gone stay until the workloads' lists have arrived.
-	gone := gonePolicies(before, c.world)
-	c.w.cfg.Sink.SetPolicies(append(slices.Clip(c.world.Policies), gone...))
+	policies, differ := transition(before, c.world)
+	c.w.cfg.Sink.SetPolicies(policies)
 	c.lingering = time.Time{}
-	if len(gone) > 0 {
+	if differ {
 		c.lingering = time.Now().Add(linger)
 	}
 
@@ -206,19 +206,26 @@ func (c *compiler) compileWorld() {
 	c.w.compile.Observe(time.Since(began).Seconds())
 }
 
-// gonePolicies returns the policies of before that pods may still list.
-func gonePolicies(before, now *compile.World) []mesh.Policy {
+// transition returns the policies to serve until the workloads' new lists have
+// arrived, and whether they differ from those of now. Policies that are gone
+// stay, because pods still list them. One that applied to a whole namespace or
+// to the mesh, and now to pods that list it, stays as it was: none lists it
+// yet, and it would apply to nobody.
+func transition(before, now *compile.World) (policies []mesh.Policy, differ bool) {
+	policies = slices.Clone(now.Policies)
 	if before == nil {
-		return nil
+		return policies, false
 	}
-	var out []mesh.Policy
 	for _, p := range before.Policies {
-		_, still := slices.BinarySearchFunc(now.Policies, p, func(a, b mesh.Policy) int { return a.Name.Compare(b.Name) })
-		if !still && p.Scope == mesh.ScopeSelector {
-			out = append(out, p)
+		i, still := slices.BinarySearchFunc(now.Policies, p, func(a, b mesh.Policy) int { return a.Name.Compare(b.Name) })
+		switch {
+		case !still && p.Scope == mesh.ScopeSelector:
+			policies, differ = append(policies, p), true
+		case still && p.Scope != mesh.ScopeSelector && now.Policies[i].Scope == mesh.ScopeSelector:
+			policies[i], differ = p, true
 		}
 	}
-	return out
+	return policies, differ
 }
 
 // dropLingering takes back policies that are gone, when it is time.
