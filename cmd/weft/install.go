@@ -23,6 +23,7 @@ const partOf = "app.kubernetes.io/part-of"
 func installCommand(to *target) *cobra.Command {
 	var s settings
 	var dryRun bool
+	var kubeVersion string
 	var wait time.Duration
 	c := &cobra.Command{
 		Use:   "install",
@@ -36,7 +37,7 @@ including the certificate authority and every captured pod.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if dryRun {
-				r, err := render(to.namespace, "", s)
+				r, err := render(to.namespace, kubeVersion, s)
 				if err != nil {
 					return err
 				}
@@ -51,6 +52,7 @@ including the certificate authority and every captured pod.`,
 	f.StringArrayVar(&s.sets, "set", nil, "set a value of the chart, key=value; may be repeated")
 	f.StringArrayVarP(&s.files, "values", "f", nil, "file with values of the chart; may be repeated")
 	f.BoolVar(&dryRun, "dry-run", false, "print what would be applied, and do not ask the cluster")
+	f.StringVar(&kubeVersion, "kube-version", "", "version of the cluster that --dry-run prints for (default "+newestKube+")")
 	f.DurationVar(&wait, "wait", 5*time.Minute, "longest wait until Weft is ready")
 	return c
 }

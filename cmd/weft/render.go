@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -70,8 +71,11 @@ func (r rendering) all(namespace string) []*unstructured.Unstructured {
 	return slices.Concat(r.crds, []*unstructured.Unstructured{namespaceObject(namespace)}, r.objects)
 }
 
+// newestKube is the newest Kubernetes that the chart is tested with.
+const newestKube = "v1.36.0"
+
 // render renders the chart for a namespace and Kubernetes version ("v1.36.3";
-// empty for the newest that the chart knows).
+// empty for the newest that the chart is tested with).
 func render(namespace, kubeVersion string, s settings) (rendering, error) {
 	c, err := loadChart()
 	if err != nil {
@@ -85,15 +89,14 @@ func render(namespace, kubeVersion string, s settings) (rendering, error) {
 		return rendering{}, err
 	}
 	caps := chartutil.DefaultCapabilities.Copy()
-	if kubeVersion != "" {
-		kv, err := chartutil.ParseKubeVersion(kubeVersion)
-		if err != nil {
-			return rendering{}, fmt.Errorf("read the cluster's version: %w", err)
-		}
-		caps.KubeVersion = *kv
-		if want := c.Metadata.KubeVersion; !chartutil.IsCompatibleRange(want, kv.Version) {
-			return rendering{}, fmt.Errorf("the cluster is Kubernetes %s and Weft needs %s: upgrade the cluster", kubeVersion, want)
-		}
+	kubeVersion = cmp.Or(kubeVersion, newestKube)
+	kv, err := chartutil.ParseKubeVersion(kubeVersion)
+	if err != nil {
+		return rendering{}, fmt.Errorf("read the version of Kubernetes %q: %w", kubeVersion, err)
+	}
+	caps.KubeVersion = *kv
+	if want := c.Metadata.KubeVersion; !chartutil.IsCompatibleRange(want, kv.Version) {
+		return rendering{}, fmt.Errorf("the cluster is Kubernetes %s and Weft needs %s: upgrade the cluster", kubeVersion, want)
 	}
 	release := chartutil.ReleaseOptions{Name: "weft", Namespace: namespace, IsInstall: true}
 	all, err := chartutil.ToRenderValues(c, user, release, caps)

@@ -32,6 +32,9 @@ func TestCommandLine(t *testing.T) {
 		{"dry run prints objects", []string{"install", "--dry-run", "--image-registry", "reg.example/weft", "--image-tag", "v9"}, 0, "image: reg.example/weft/ztunnel:v9"},
 		{"a tag that looks like a number", []string{"install", "--dry-run", "--image-registry", "reg", "--image-tag", "20261121"}, 0, "image: reg/ztunnel:20261121"},
 		{"the dry run makes the namespace", []string{"install", "--dry-run", "--image-registry", "reg", "-n", "mesh"}, 0, "kind: Namespace\nmetadata:\n  labels:\n    app.kubernetes.io/managed-by: weft\n    pod-security.kubernetes.io/enforce: privileged\n  name: mesh\n"},
+		{"the dry run is for a new Kubernetes", []string{"install", "--dry-run", "--image-registry", "reg"}, 0, "appArmorProfile"},
+		{"the dry run for an older Kubernetes", []string{"install", "--dry-run", "--image-registry", "reg", "--kube-version", "1.29"}, 0, "container.apparmor.security.beta.kubernetes.io/weft-node: unconfined"},
+		{"the dry run for one that is too old", []string{"install", "--dry-run", "--image-registry", "reg", "--kube-version", "1.20"}, 1, "upgrade the cluster"},
 		{"completion", []string{"completion", "bash"}, 0, "weft"},
 	}
 	for _, r := range rows {
