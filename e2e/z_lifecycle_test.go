@@ -212,6 +212,35 @@ func TestPodsDeletedWhileTheyAreEnrolled(t *testing.T) {
 	}
 }
 
+// The agent is killed while it brings running pods in: the next one finishes
+// the work, and can undo it.
+func TestAgentKilledWhilePodsJoin(t *testing.T) {
+	const ns, pods = "joining", 6
+	freshProxies(t)
+	y := namespaceYAML(ns, "")
+	for i := range pods {
+		y += podYAML(ns, fmt.Sprintf("pod-%d", i), "node1", "args: [sleep]")
+	}
+	apply(t, y)
+	kubectl(t, "wait", "-n", ns, "--for=condition=Ready", "pod", "--all", "--timeout=60s")
+	before := len(pinned(t, "node1"))
+	kubectl(t, "label", "namespace", ns, "istio.io/dataplane-mode=ambient")
+	kill(t, "node1", "weft-node")
+	start := time.Now()
+	t.Logf("of %d pods the kernel holds %d when the agent is killed", pods, len(pinned(t, "node1"))-before)
+	for i := range pods {
+		wantCaptured(t, ns, fmt.Sprintf("pod-%d", i), true)
+	}
+	t.Logf("all are captured after %v", time.Since(start).Round(time.Millisecond))
+	wantProxies(t, 1, "node1 weft-node")
+	wantNoLeaks(t)
+	kubectl(t, "label", "namespace", ns, "istio.io/dataplane-mode-")
+	for i := range pods {
+		wantCaptured(t, ns, fmt.Sprintf("pod-%d", i), false)
+	}
+	wantNoLeaks(t)
+}
+
 // Somebody rewrites a node's network configuration without Weft in it, or
 // removes the plugin: both are put back.
 func TestCNIConfigurationIsRepaired(t *testing.T) {
