@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"io"
 	"net"
@@ -596,6 +597,41 @@ func TestSilentHandshakesDoNotBlockOthers(t *testing.T) {
 			t.Errorf("silent peers were kept for %v", d)
 		}
 	})
+}
+
+// A tunnel proves who is at its other end no longer than a certificate does:
+// whichever end's is over, new connections want a new proof. Open ones go on.
+func TestTunnelTakesNothingNewAfterItsProof(t *testing.T) {
+	for _, whose := range []string{"server", "client"} {
+		t.Run(whose, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, echo, func(w *world, s *ServerConfig, _ *PoolConfig) {
+					if whose == "server" {
+						return // its certificate is never renewed
+					}
+					long := w.ca.IssueAs(cart, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(1000 * time.Hour) })
+					s.TLS = identity.ServerTLS(func(context.Context) (*tls.Certificate, error) { return &long, nil }, w.roots(), "cluster.local")
+				})
+				s := w.connect()
+				time.Sleep(23 * time.Hour)
+				_ = w.connect()
+				if n := w.dials.Load(); n != 1 {
+					t.Fatalf("%d tunnels while both certificates are good, want 1", n)
+				}
+				time.Sleep(2 * time.Hour)
+				if _, err := s.Write([]byte("x")); err != nil {
+					t.Errorf("the open connection: %v", err)
+				}
+				if _, err := io.ReadFull(s, make([]byte, 1)); err != nil {
+					t.Errorf("the open connection: %v", err)
+				}
+				_, err := w.pool.Connect(t.Context(), w.target(), target, Header{})
+				if n := w.dials.Load(); n != 2 || (err == nil) != (whose == "client") {
+					t.Errorf("a new connection used tunnel %d, error %v", n, err)
+				}
+			})
+		})
+	}
 }
 
 // Connections that prove nothing are bounded, and one that ends makes room.

@@ -33,6 +33,7 @@ type link struct {
 	now    func() time.Time
 	handle func(id uint32, authority string, h Header) // server: called with mu held
 	idle   time.Duration                               // client: unused for so long, it ends; 0 is never
+	proof  time.Time                                   // until when the peer's certificate is good; guarded by mu
 
 	kick chan struct{} // tells the writer to look
 	done chan struct{} // closed when the link has ended
@@ -60,11 +61,15 @@ func newLink(conn *record.Conn, peer mesh.Identity, role Role, l Limits) (*link,
 	if err != nil {
 		return nil, err
 	}
-	return &link{
+	k := &link{
 		conn: conn, peer: peer, now: time.Now,
 		kick: make(chan struct{}, 1), done: make(chan struct{}),
 		tunnel: t, streams: make(map[uint32]*Stream), unused: now,
-	}, nil
+	}
+	if chain := conn.ConnectionState().PeerCertificates; len(chain) > 0 {
+		k.proof = chain[0].NotAfter
+	}
+	return k, nil
 }
 
 // run drives the link until it ends, closes the connection and returns why:
@@ -227,6 +232,9 @@ func (l *link) arm() {
 	if l.idle > 0 && !l.unused.IsZero() {
 		at = earlier(at, l.unused.Add(l.idle))
 	}
+	if !l.proof.IsZero() {
+		at = earlier(at, l.proof)
+	}
 	switch {
 	case at.Equal(l.timerAt):
 	case l.timer == nil:
@@ -251,6 +259,12 @@ func (l *link) tick() {
 		return
 	}
 	if l.idle > 0 && !l.unused.IsZero() && now.Sub(l.unused) >= l.idle {
+		l.tunnel.Shutdown(now)
+	}
+	if !l.proof.IsZero() && !now.Before(l.proof) {
+		// Who the peer is has been proved until now. What is open goes on;
+		// what is new needs a new proof.
+		l.proof = time.Time{}
 		l.tunnel.Shutdown(now)
 	}
 	if !l.unused.IsZero() {
