@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -158,6 +159,37 @@ func TestDelServesTheBacklog(t *testing.T) {
 	n.Del(p.uid)
 	if err := roundTrip(c, "late"); err != nil {
 		t.Error(err)
+	}
+}
+
+// A listener that cannot accept does not fill the log, nor keep the pod from
+// leaving.
+func TestAcceptFailuresAreSaidOnce(t *testing.T) {
+	var out lockedBuffer
+	w := newWorld(t)
+	n := w.node(func(c *Config) { c.Log = slog.New(slog.NewTextHandler(&out, nil)) })
+	e, p := w.entry("server", freshAddr())
+	n.enter = enterWith(p)
+	raw, err := e.Files.Listeners[handoff.In4].SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// accept(2) fails from here on, as it does without descriptors.
+	if err := raw.Control(func(fd uintptr) { err = syscall.Shutdown(int(fd), syscall.SHUT_RD) }); err != nil {
+		t.Fatal(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	said := func() int { return strings.Count(strings.Join(out.lines(), "\n"), "cannot accept") }
+	if err := n.Add(t.Context(), e.Pod, e.Files); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the complaint", func() bool { return said() > 0 })
+	<-time.After(200 * time.Millisecond) // several attempts
+	n.Del(p.uid)
+	if said() != 1 {
+		t.Errorf("%d lines, want 1", said())
 	}
 }
 

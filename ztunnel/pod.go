@@ -108,6 +108,7 @@ func (q *pod) start() {
 
 // accept hands connections to serve until l is closed.
 func (q *pod) accept(l *net.TCPListener, serve func(*net.TCPConn)) {
+	var complained time.Time
 	for {
 		c, err := l.AcceptTCP()
 		if err == nil {
@@ -122,8 +123,12 @@ func (q *pod) accept(l *net.TCPListener, serve func(*net.TCPConn)) {
 		if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, net.ErrClosed) || q.serving.Err() != nil {
 			return
 		}
-		// Out of files or memory: those in the backlog wait.
-		q.proxy.cfg.Log.Error("cannot accept a connection: trying again", "pod", q.info.Load().Name, "error", err)
+		// Out of files or memory: those in the backlog wait. One line a minute
+		// says so: every pod of the node is in the same place.
+		if now := time.Now(); now.Sub(complained) >= time.Minute {
+			complained = now
+			q.proxy.cfg.Log.Error("cannot accept a connection: trying again", "pod", q.info.Load().Name, "error", err)
+		}
 		select {
 		case <-q.serving.Done():
 		case <-time.After(50 * time.Millisecond):
