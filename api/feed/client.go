@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	statuspb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
+	grpcbackoff "google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
@@ -132,6 +133,9 @@ func (c *Client) Run(ctx context.Context) error {
 	return nil
 }
 
+// connectTimeout bounds one attempt to connect.
+const connectTimeout = 3 * time.Second
+
 // backoff is how long a Client waits before it connects again.
 func backoff() run.Backoff { return run.Backoff{Min: 10 * time.Millisecond, Max: 5 * time.Second} }
 
@@ -186,6 +190,9 @@ func (c *Client) connect(ctx context.Context) error {
 		grpc.WithPerRPCCredentials(bearer{token: c.cfg.Token, cluster: c.cfg.Node.Cluster}),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxReceive)),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 10 * time.Second}),
+		// A SYN to a control service that has just gone is answered by
+		// nobody, and gRPC would wait 20 s for it while a new one is there.
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: grpcbackoff.DefaultConfig, MinConnectTimeout: connectTimeout}),
 		grpc.WithInitialWindowSize(4 << 20),
 		grpc.WithInitialConnWindowSize(8 << 20),
 		grpc.WithDisableServiceConfig(),

@@ -313,6 +313,29 @@ func TestClientStops(t *testing.T) {
 	hanging.stop()
 }
 
+// A control service that vanished without a word must not hold up the way to
+// its successor: nobody answers a SYN to an address that is gone.
+func TestOneAttemptToConnectIsShort(t *testing.T) {
+	w := newWorld(t)
+	limits := make(chan time.Duration, 1)
+	w.proxy(func(cfg *ClientConfig) {
+		cfg.dial = func(ctx context.Context, _ string) (net.Conn, error) {
+			deadline, ok := ctx.Deadline()
+			if !ok {
+				deadline = time.Now().Add(time.Hour)
+			}
+			select {
+			case limits <- time.Until(deadline):
+			default:
+			}
+			return nil, errors.New("gone")
+		}
+	})
+	if limit := <-limits; limit > 5*time.Second {
+		t.Errorf("an attempt to connect may last %v, want a few seconds", limit)
+	}
+}
+
 func TestNodeID(t *testing.T) {
 	n := NodeMeta{PodName: "ztunnel-1", Namespace: "weft-system", IP: addr("10.0.0.5"), NodeName: "node1", Cluster: "c"}.proto()
 	if want := "ztunnel~10.0.0.5~ztunnel-1.weft-system~weft-system.svc.cluster.local"; n.Id != want {
