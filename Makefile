@@ -38,7 +38,7 @@ unit: ## unit, integration and kernel tests under the race detector (root for th
 	@echo "== unit, integration and kernel tests"; CGO_ENABLED=1 go test -race ./...
 
 .PHONY: fuzz
-fuzz: ## each fuzz target for a few seconds
+fuzz: ## each fuzz target, some seconds each
 	@echo "== fuzz"; .ci/fuzz
 
 .PHONY: e2e
