@@ -22,10 +22,17 @@ demo-down: ## remove the demo's cluster and all its state
 	@cd e2e && go run ./cmd/weft-cluster --id demo down
 
 .PHONY: test
-test: ## every test: lint, unit, kernel, fuzz, cluster
-	@start=$$SECONDS; .ci/deps; \
-	$(MAKE) --no-print-directory lint unit fuzz e2e; \
+test: ## every test: lint, unit, kernel, fuzz, cluster; and what they prove about reliability
+	@start=$$SECONDS; .ci/deps; rm -rf out/reliability out/reliability.json; \
+	export WEFT_SCORE_RUN=$$(date +%s%N); failed=; \
+	$(MAKE) --no-print-directory lint unit fuzz e2e || failed=-partial; \
+	(cd e2e && go run ./cmd/score $$failed) || failed=yes; \
+	[ -z "$$failed" ] || { echo "make test: FAILED after $$((SECONDS-start)) s" >&2; exit 1; }; \
 	echo "make test: everything passed in $$((SECONDS-start)) s"
+
+.PHONY: score
+score: ## the table of reliability, of what was tested last
+	@cd e2e && go run ./cmd/score -partial
 
 .PHONY: lint
 lint: ## vet and staticcheck, both modules
