@@ -7,6 +7,7 @@
 package testnet
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net"
@@ -155,6 +156,7 @@ type World struct {
 	t     testing.TB
 	sw    *Host
 	hosts int
+	all   []*Host // on the switch
 	nodes []*Node
 }
 
@@ -177,6 +179,7 @@ func (w *World) Host(name string) *Host {
 	w.t.Helper()
 	h := newHost(w.t, name)
 	w.hosts++
+	w.all = append(w.all, h)
 	h.V4 = netip.AddrFrom4([4]byte{10, 70, 0, byte(w.hosts)})
 	h.V6 = netip.MustParseAddr("fd70::" + strconv.Itoa(w.hosts))
 	port := "port" + strconv.Itoa(w.hosts)
@@ -232,12 +235,15 @@ func (w *World) Node(name string) *Node {
 	return n
 }
 
-// A Pod is a namespace behind a veth of its node. Its interface is eth0.
+// A Pod is a namespace behind a veth of its node.
 type Pod struct {
 	*Host
 	Node *Node
 	// Veth is the name of the host's side.
 	Veth string
+	// Interface is the name of the pod's side, eth0 unless a Shape says
+	// otherwise.
+	Interface string
 }
 
 // Kind is how a pod is attached to its node.
@@ -249,32 +255,44 @@ const (
 )
 
 // Pod adds a pod to the node.
-func (n *Node) Pod(name string, kind Kind) *Pod { return n.pod(name, kind, true) }
+func (n *Node) Pod(name string, kind Kind) *Pod { return n.ShapedPod(name, kind, Shape{}) }
 
 // PodWithoutIPv6 adds a pod in which IPv6 is switched off.
-func (n *Node) PodWithoutIPv6(name string, kind Kind) *Pod { return n.pod(name, kind, false) }
+func (n *Node) PodWithoutIPv6(name string, kind Kind) *Pod {
+	return n.ShapedPod(name, kind, Shape{NoIPv6: true})
+}
 
-func (n *Node) pod(name string, kind Kind, v6 bool) *Pod {
+// A Shape is how a pod differs from the usual one.
+type Shape struct {
+	Interface string // eth0 if empty
+	NoIPv4    bool   // the pod has no IPv4 address
+	NoIPv6    bool   // IPv6 is switched off in the pod
+}
+
+// ShapedPod adds a pod of this shape to the node.
+func (n *Node) ShapedPod(name string, kind Kind, shape Shape) *Pod {
 	n.t.Helper()
 	n.pods++
-	p := &Pod{Host: newHost(n.t, name), Node: n, Veth: "veth" + strconv.Itoa(n.pods)}
+	p := &Pod{Host: newHost(n.t, name), Node: n, Veth: "veth" + strconv.Itoa(n.pods), Interface: cmp.Or(shape.Interface, "eth0")}
 	last := n.pods + 10
 	range4, range6 := n.pods4, n.pods6
 	if kind == Bridged {
 		range4, range6 = n.bridge()
 	}
-	a4 := range4.Addr().As4()
-	a4[3] += byte(last)
-	p.V4 = netip.AddrFrom4(a4)
-	if v6 {
+	if !shape.NoIPv4 {
+		a4 := range4.Addr().As4()
+		a4[3] += byte(last)
+		p.V4 = netip.AddrFrom4(a4)
+	}
+	if shape.NoIPv6 {
+		p.Sysctl("net/ipv6/conf/all/disable_ipv6", "1")
+		p.Sysctl("net/ipv6/conf/default/disable_ipv6", "1")
+	} else {
 		a6 := range6.Addr().As16()
 		a6[15] = byte(last)
 		p.V6 = netip.AddrFrom16(a6)
-	} else {
-		p.Sysctl("net/ipv6/conf/all/disable_ipv6", "1")
-		p.Sysctl("net/ipv6/conf/default/disable_ipv6", "1")
 	}
-	n.veth(p.Veth, "eth0", p.Host, "02:00:00:00:00:"+fmt.Sprintf("%02x", last))
+	n.veth(p.Veth, p.Interface, p.Host, "02:00:00:00:00:"+fmt.Sprintf("%02x", last))
 	if kind == Bridged {
 		n.plug(p)
 	} else {
@@ -319,16 +337,20 @@ func (n *Node) plug(p *Pod) {
 		}
 		return nl.LinkSetHairpin(l, true)
 	})
-	p.addr("eth0", netip.PrefixFrom(p.V4, range4.Bits()), netip.PrefixFrom(p.V6, range6.Bits()))
-	p.route(netip.MustParsePrefix("0.0.0.0/0"), gw4, "eth0")
+	p.addr(p.Interface, prefix(p.V4, range4.Bits()), prefix(p.V6, range6.Bits()))
+	if p.V4.IsValid() {
+		p.route(netip.MustParsePrefix("0.0.0.0/0"), gw4, p.Interface)
+	}
 	if p.V6.IsValid() {
-		p.route(netip.MustParsePrefix("::/0"), gw6, "eth0")
+		p.route(netip.MustParsePrefix("::/0"), gw6, p.Interface)
 	}
 }
 
+// gateway is the hardware address of the node's ends of routed pods' wires.
+const gateway = "ee:ee:ee:ee:00:01"
+
 // wire gives the pod an address of its own and routes it.
 func (n *Node) wire(p *Pod) {
-	const gateway = "ee:ee:ee:ee:00:01"
 	n.links(func(nl *netlink.Handle) error {
 		l, err := nl.LinkByName(p.Veth)
 		if err != nil {
@@ -337,23 +359,30 @@ func (n *Node) wire(p *Pod) {
 		hw, _ := net.ParseMAC(gateway)
 		return nl.LinkSetHardwareAddr(l, hw)
 	})
-	var host6 netip.Prefix
-	if p.V6.IsValid() {
-		host6 = netip.PrefixFrom(p.V6, 128)
+	p.addr(p.Interface, prefix(p.V4, 32), prefix(p.V6, 128))
+	podHW := p.hardware(p.Interface)
+	for _, way := range []struct {
+		pod      netip.Addr
+		gateway  string
+		anywhere string
+	}{{p.V4, "169.254.1.1", "0.0.0.0/0"}, {p.V6, "fe80::1", "::/0"}} {
+		if !way.pod.IsValid() {
+			continue
+		}
+		via := netip.MustParseAddr(way.gateway)
+		p.neighbour(p.Interface, via, gateway)
+		p.route(netip.MustParsePrefix(way.anywhere), via, p.Interface)
+		n.route(prefix(way.pod, way.pod.BitLen()), netip.Addr{}, p.Veth)
+		n.neighbour(p.Veth, way.pod, podHW)
 	}
-	p.addr("eth0", netip.PrefixFrom(p.V4, 32), host6)
-	podHW := p.hardware("eth0")
-	link4, link6 := netip.MustParseAddr("169.254.1.1"), netip.MustParseAddr("fe80::1")
-	p.neighbour("eth0", link4, gateway)
-	p.route(netip.MustParsePrefix("0.0.0.0/0"), link4, "eth0")
-	n.route(netip.PrefixFrom(p.V4, 32), netip.Addr{}, p.Veth)
-	n.neighbour(p.Veth, p.V4, podHW)
-	if p.V6.IsValid() {
-		p.neighbour("eth0", link6, gateway)
-		p.route(netip.MustParsePrefix("::/0"), link6, "eth0")
-		n.route(host6, netip.Addr{}, p.Veth)
-		n.neighbour(p.Veth, p.V6, podHW)
+}
+
+// prefix returns a/bits, or the zero prefix if there is no a.
+func prefix(a netip.Addr, bits int) netip.Prefix {
+	if !a.IsValid() {
+		return netip.Prefix{}
 	}
+	return netip.PrefixFrom(a, bits)
 }
 
 // veth makes a pair with one end, name, in h and the other, peer, in to.
