@@ -93,6 +93,7 @@ func newGCM(key []byte) (cipher.AEAD, error) {
 // half is the protection of one direction. It is nil-safe nowhere: make it
 // with newHalf.
 type half struct {
+	id     uint16 // of the suite
 	suite  suite
 	secret []byte // application_traffic_secret_N
 	aead   cipher.AEAD
@@ -110,7 +111,7 @@ func newHalf(id uint16, secret []byte) (*half, error) {
 	if n := s.hash().Size(); len(secret) != n {
 		return nil, fmt.Errorf("TLS record: traffic secret of %d bytes, want %d", len(secret), n)
 	}
-	h := &half{suite: s}
+	h := &half{id: id, suite: s}
 	return h, h.rekey(append([]byte(nil), secret...))
 }
 
