@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/weft-mesh/weft/hbone/record"
 	"github.com/weft-mesh/weft/internal/http2"
 )
 
@@ -76,7 +77,8 @@ type Tunnel struct {
 
 	send    http2.SendWindow
 	receive http2.ReceiveWindow
-	queued  int // bytes given to Data and not yet Consumed
+	queued  int  // bytes given to Data and not yet Consumed
+	held    bool // the driver has too much unread, of this tunnel or of others
 
 	draining bool // no new streams, by either end's wish
 	peerAway bool // the peer has sent a GOAWAY
@@ -90,11 +92,11 @@ type Tunnel struct {
 type streamState struct {
 	send     http2.SendWindow
 	receive  http2.ReceiveWindow
-	read     int  // consumed since the window last grew
-	sentEnd  bool // our direction has ended
-	gotEnd   bool // theirs has
-	answered bool // the final status was sent or has come
-	hints    int  // 1xx answers seen
+	read     int32 // consumed since the window last grew
+	sentEnd  bool  // our direction has ended
+	gotEnd   bool  // theirs has
+	answered bool  // the final status was sent or has come
+	hints    uint8 // 1xx answers seen
 }
 
 // goAwayState is how far a graceful end has come (RFC 9113 6.8).
@@ -240,6 +242,35 @@ func (t *Tunnel) Room(id uint32) int {
 	return min(s.send.Left(), t.send.Left())
 }
 
+// ConnRoom returns how many bytes the peer takes on all streams together now.
+func (t *Tunnel) ConnRoom() int { return t.send.Left() }
+
+// PieceLen returns the distance between the frames that Pieces takes.
+func (t *Tunnel) PieceLen() int {
+	n := min(t.frameSize(), maxSendFrame-http2.HeaderLen) + http2.HeaderLen
+	return n - n%record.MaxPlaintext // whole records, as PieceLen is at least one
+}
+
+// Pieces sends n bytes of the stream without queueing them: buf holds, every
+// PieceLen bytes, room for a frame header and then data, all pieces full but
+// the last. It returns the part of buf that is to be sent after what is in
+// Output, or nil if the stream takes no data. n is above 0 and at most Room.
+func (t *Tunnel) Pieces(id uint32, buf []byte, n int) []byte {
+	s := t.streams[id]
+	if s == nil || s.sentEnd || !s.answered {
+		return nil
+	}
+	size := t.PieceLen() - http2.HeaderLen
+	at := 0
+	for n > 0 {
+		k := min(n, size)
+		t.appendData(buf[at:at], id, s, k, false)
+		at += http2.HeaderLen + k
+		n -= k
+	}
+	return buf[:at]
+}
+
 // Send queues as much of p as the windows allow, and returns how much that
 // was. With end it also ends our direction, once all of p is queued. It takes
 // nothing on a stream that is gone or not yet answered.
@@ -288,16 +319,28 @@ func (t *Tunnel) Consumed(id uint32, n int) {
 		return
 	}
 	s.receive.Credit(n)
-	if s.read += n; s.read >= s.receive.Size() && s.receive.Size() < t.limits.MaxStreamWindow {
+	if s.receive.Size() < t.limits.MaxStreamWindow {
+		s.read += int32(n)
+	}
+	if s.read > 0 && int(s.read) >= s.receive.Size() {
 		s.read = 0
 		s.receive.Grow(min(2*s.receive.Size(), t.limits.MaxStreamWindow))
 	}
 	t.announce(id, &s.receive)
 }
 
+// Hold keeps the tunnel's window from the peer, or with false gives it again:
+// a driver holds it while the received and unread bytes of all its tunnels are
+// too many.
+func (t *Tunnel) Hold(hold bool) {
+	if t.held = hold; !hold {
+		t.announceConn()
+	}
+}
+
 // announceConn gives the tunnel's window back, unless too much is unread.
 func (t *Tunnel) announceConn() {
-	if t.queued <= t.limits.QueueLimit {
+	if t.queued <= t.limits.QueueLimit && !t.held {
 		t.announce(0, &t.receive)
 	}
 }
@@ -356,6 +399,16 @@ func (t *Tunnel) TakeOutput(spare []byte) []byte {
 	t.out = spare[:0]
 	t.guard.Flushed()
 	return out
+}
+
+// Lend gives the tunnel memory for its output, if it has none. An idle tunnel
+// then needs none of its own: TakeOutput takes it back.
+func (t *Tunnel) Lend(buf []byte) bool {
+	if cap(t.out) > 0 {
+		return false
+	}
+	t.out = buf[:0]
+	return true
 }
 
 // Shutdown begins a graceful end. A server first warns the peer and names the

@@ -110,6 +110,24 @@ func (c *Conn) ConnectionState() tls.ConnectionState { return c.state }
 // NetConn returns the connection below.
 func (c *Conn) NetConn() net.Conn { return c.conn }
 
+// Detach gives up the connection to a driver that does its own I/O: what seals
+// and what opens, and what was received and not yet opened. Nothing was read or
+// written but the handshake, or Detach panics. c is of no use after it, and the
+// connection below is the caller's.
+func (c *Conn) Detach() (*Sealer, *Opener, []byte) {
+	c.readMu.Lock()
+	defer c.readMu.Unlock()
+	c.writeMu.Lock()
+	defer c.writeMu.Unlock()
+	if c.err != nil || c.writeErr != nil || c.r > 0 || len(c.data) > 0 || c.closed.Load() {
+		panic("record: Detach of a connection that is in use")
+	}
+	s, o, unread := c.seal, c.open, c.in[:c.w]
+	c.err, c.writeErr = net.ErrClosed, net.ErrClosed
+	c.in, c.w = nil, 0
+	return s, o, unread
+}
+
 // LocalAddr returns our address.
 func (c *Conn) LocalAddr() net.Addr { return c.conn.LocalAddr() }
 

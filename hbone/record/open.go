@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"encoding/binary"
 	"io"
+	"slices"
 )
 
 // Handshake messages that may follow the handshake (RFC 8446 4.6).
@@ -55,27 +56,12 @@ func NewOpener(suite uint16, secret []byte, client bool) (*Opener, error) {
 // The error is io.EOF after close_notify, a tls.AlertError for any other alert
 // of the peer's, and else an *Error. It is final.
 func (o *Opener) Open(in []byte) (data, rest []byte, used bool, err error) {
-	if o.err != nil {
-		return nil, in, false, o.err
+	n, err := o.length(in)
+	if err != nil || n == 0 {
+		return nil, in, false, err
 	}
-	if len(in) < headerLen {
-		return nil, in, false, nil
-	}
-	n := int(binary.BigEndian.Uint16(in[3:]))
-	switch {
-	case in[0] != typeApplication:
-		// 5: after the handshake every record is protected, and a
-		// change_cipher_spec may come no more.
-		return nil, in, false, o.fail(alertUnexpectedMessage, "a record that is not protected")
-	case n > maxCiphertext:
-		return nil, in, false, o.fail(alertRecordOverflow, "a record longer than 2^14+256 bytes") // 5.2
-	case n < tagLen+1:
-		return nil, in, false, o.fail(alertBadRecordMAC, "a record too short for its tag")
-	case len(in) < headerLen+n:
-		return nil, in, false, nil
-	}
-	typ, content, err := o.decrypt(in[: headerLen+n : headerLen+n])
-	rest = in[headerLen+n:]
+	rest = in[n:]
+	typ, content, err := o.decrypt(in[headerLen:headerLen], in[:n:n])
 	if err == nil {
 		data, err = o.content(typ, content)
 	}
@@ -83,6 +69,52 @@ func (o *Opener) Open(in []byte) (data, rest []byte, used bool, err error) {
 		return nil, rest, true, err
 	}
 	return data, rest, true, nil
+}
+
+// OpenTo is Open, but appends the application data to dst, so that the data of
+// many records lies in one piece. dst and in must not overlap. Spare capacity
+// of dst may be overwritten. When it fails dst is returned as it came.
+func (o *Opener) OpenTo(dst, in []byte) (out, rest []byte, used bool, err error) {
+	n, err := o.length(in)
+	if err != nil || n == 0 {
+		return dst, in, false, err
+	}
+	rest = in[n:]
+	dst = slices.Grow(dst, n)
+	typ, content, err := o.decrypt(dst[len(dst):], in[:n:n])
+	var data []byte
+	if err == nil {
+		data, err = o.content(typ, content)
+	}
+	if err != nil {
+		return dst, rest, true, err
+	}
+	return dst[:len(dst)+len(data)], rest, true, nil
+}
+
+// length returns the length of the first record of in with its header, or 0 if
+// the record is not whole yet.
+func (o *Opener) length(in []byte) (int, error) {
+	if o.err != nil {
+		return 0, o.err
+	}
+	if len(in) < headerLen {
+		return 0, nil
+	}
+	n := int(binary.BigEndian.Uint16(in[3:]))
+	switch {
+	case in[0] != typeApplication:
+		// 5: after the handshake every record is protected, and a
+		// change_cipher_spec may come no more.
+		return 0, o.fail(alertUnexpectedMessage, "a record that is not protected")
+	case n > maxCiphertext:
+		return 0, o.fail(alertRecordOverflow, "a record longer than 2^14+256 bytes") // 5.2
+	case n < tagLen+1:
+		return 0, o.fail(alertBadRecordMAC, "a record too short for its tag")
+	case len(in) < headerLen+n:
+		return 0, nil
+	}
+	return headerLen + n, nil
 }
 
 // KeyUpdateOwed reports whether the peer has asked for a new key since the
@@ -101,12 +133,13 @@ func (o *Opener) Wipe() {
 	}
 }
 
-// decrypt opens one record in place and takes off the padding.
-func (o *Opener) decrypt(rec []byte) (typ byte, content []byte, err error) {
+// decrypt opens one record into dst, which is empty and lies where the record's
+// payload does, or apart from it, and takes off the padding.
+func (o *Opener) decrypt(dst, rec []byte) (typ byte, content []byte, err error) {
 	h := o.half
 	body := rec[headerLen:]
 	// 5.2: the header as it came is what the tag covers too.
-	plain, err := h.aead.Open(body[:0], h.nextNonce(), body, rec[:headerLen])
+	plain, err := h.aead.Open(dst, h.nextNonce(), body, rec[:headerLen])
 	if err != nil {
 		return 0, nil, o.fail(alertBadRecordMAC, "a record that was changed, left out, repeated or moved")
 	}

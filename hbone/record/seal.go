@@ -48,6 +48,45 @@ func (s *Sealer) Seal(dst, p []byte) ([]byte, error) {
 	return dst, nil
 }
 
+// SealOwned is Seal without its copy of p, which is the caller's own memory:
+// p has at least one byte of capacity behind its end. That byte is changed
+// while SealOwned runs, and restored.
+func (s *Sealer) SealOwned(dst, p []byte) ([]byte, error) {
+	var err error
+	dst = slices.Grow(dst, len(p)+(len(p)/MaxPlaintext+2)*Overhead)
+	for len(p) > 0 {
+		if s.left == 0 {
+			if dst, err = s.Update(dst, false); err != nil {
+				return dst, err
+			}
+		}
+		n := min(len(p), MaxPlaintext)
+		if dst, err = s.owned(dst, p[:n+1]); err != nil {
+			return dst, err
+		}
+		p = p[n:]
+	}
+	return dst, nil
+}
+
+// owned appends one record of application data. The last byte of p is not part
+// of it, and is where its type goes for the while.
+func (s *Sealer) owned(dst, p []byte) ([]byte, error) {
+	h := s.half
+	if h.aead == nil {
+		return dst, errWiped
+	}
+	n := len(p) + tagLen
+	at := len(dst)
+	dst = append(dst, typeApplication, 3, 3, byte(n>>8), byte(n))
+	last := p[len(p)-1]
+	p[len(p)-1] = typeApplication
+	dst = h.aead.Seal(dst, h.nextNonce(), p, dst[at:])
+	p[len(p)-1] = last
+	s.left--
+	return dst, nil
+}
+
 // Update appends a KeyUpdate and changes the key (RFC 8446 4.6.3). With
 // request the peer is asked to change its own.
 func (s *Sealer) Update(dst []byte, request bool) ([]byte, error) {

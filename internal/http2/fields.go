@@ -33,6 +33,7 @@ func (f Field) IsPseudo() bool { return strings.HasPrefix(f.Name, ":") }
 // zero value is not usable; use NewFieldReader.
 type FieldReader struct {
 	dec     *hpack.Decoder
+	table   table // of dec
 	maxList int
 	fields  []Field
 	size    int
@@ -44,7 +45,7 @@ type FieldReader struct {
 // maxList bytes by the measure of RFC 9113 6.5.2. What one block may grow to
 // is bounded by ParserConfig.MaxBlock as well.
 func NewFieldReader(maxList int) *FieldReader {
-	r := &FieldReader{maxList: maxList}
+	r := &FieldReader{maxList: maxList, table: table{max: DefaultTableLen}}
 	r.dec = hpack.NewDecoder(DefaultTableLen, r.take)
 	return r
 }
@@ -58,18 +59,20 @@ func NewFieldReader(maxList int) *FieldReader {
 // each. Which pseudo fields a message must have is the caller's to check.
 func (r *FieldReader) Read(block []byte) ([]Field, error) {
 	r.fields, r.size, r.err, r.regular = r.fields[:0], 0, nil, false
-	r.dec.SetEmitEnabled(true)
+	r.table.block = block
 	if _, err := r.dec.Write(block); err != nil {
 		return nil, connError(CompressionError, "%v", err)
 	}
 	if err := r.dec.Close(); err != nil {
 		return nil, connError(CompressionError, "%v", err)
 	}
+	r.table.finish()
 	return r.fields, r.err
 }
 
 // take is called for each decoded field.
 func (r *FieldReader) take(hf hpack.HeaderField) {
+	r.table.decoded(hf)
 	if r.err != nil {
 		return
 	}
@@ -77,7 +80,6 @@ func (r *FieldReader) take(hf hpack.HeaderField) {
 	if r.size > r.maxList {
 		// The rest is decoded for the sake of the table, and not looked at.
 		r.err = ErrListTooLarge
-		r.dec.SetEmitEnabled(false)
 		return
 	}
 	f := Field{Name: hf.Name, Value: hf.Value}
