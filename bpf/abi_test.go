@@ -47,8 +47,8 @@ func TestCountersHaveNames(t *testing.T) {
 	if n := len(all); n == 0 || n > int(CaptureCounterCOUNTERS) {
 		t.Fatalf("%d counters", n)
 	}
-	if last := all[len(all)-1]; last != CaptureCounterSTRAY_DROP {
-		t.Errorf("the last counter with a name is %d, want %d", last, CaptureCounterSTRAY_DROP)
+	if last := all[len(all)-1]; last != CaptureCounterDNS_NO_PROXY_DROP {
+		t.Errorf("the last counter with a name is %d, want %d", last, CaptureCounterDNS_NO_PROXY_DROP)
 	}
 	seen := map[string]bool{}
 	for _, c := range all {

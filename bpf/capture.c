@@ -7,9 +7,52 @@
 
 char LICENSE[] SEC("license") = "GPL";
 
-// mesh_lookup gives the pod's own connections to the proxy. A routing rule
-// delivers all TCP that the pod generates to lo; what is not for an address of
-// the pod meets this program instead of a listener.
+// is_own: is the packet for the pod itself? By any of its addresses, also one
+// that was added after the program was loaded (the kernel uses the destination
+// as the source then): capturing it would make the proxy dial itself without end.
+static __always_inline int is_own4(struct bpf_sk_lookup *ctx)
+{
+	__be32 to = ctx->local_ip4;
+
+	return to == ctx->remote_ip4 || (to & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000) || is_pod_ip4(to);
+}
+
+static __always_inline int is_own6(struct bpf_sk_lookup *ctx)
+{
+	__be32 a = ctx->local_ip6[0], b = ctx->local_ip6[1], c = ctx->local_ip6[2], d = ctx->local_ip6[3];
+	__be32 ra = ctx->remote_ip6[0], rb = ctx->remote_ip6[1], rc = ctx->remote_ip6[2], rd = ctx->remote_ip6[3];
+
+	if (a == ra && b == rb && c == rc && d == rd)
+		return 1;
+	if (!a && !b && !c && d == bpf_htonl(1))
+		return 1;
+	return is_pod_ip6(a, b, c, d);
+}
+
+// give hands what is being looked up to one of the proxy's sockets.
+static __always_inline int give(struct bpf_sk_lookup *ctx, enum role role, enum counter captured, enum counter no_proxy)
+{
+	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &role);
+	long err;
+
+	if (!sk) {
+		count(no_proxy);
+		return SK_DROP;
+	}
+	err = bpf_sk_assign(ctx, sk, BPF_SK_LOOKUP_F_REPLACE);
+	bpf_sk_release(sk);
+	if (err) {
+		count(no_proxy);
+		return SK_DROP;
+	}
+	count(captured);
+	return SK_PASS;
+}
+
+// mesh_lookup gives the pod's own connections and name queries to the proxy. A
+// routing rule delivers all TCP that the pod generates to lo, and another UDP
+// to port 53; what is not for an address of the pod meets this program instead
+// of a listener.
 //
 // The context's interface cannot tell lo from the wire for the pod's own
 // addresses (inet_iif is the interface that owns the address), so inbound
@@ -17,45 +60,16 @@ char LICENSE[] SEC("license") = "GPL";
 SEC("sk_lookup")
 int mesh_lookup(struct bpf_sk_lookup *ctx)
 {
-	enum role role = ROLE_OUT4;
-	struct bpf_sock *sk;
-	long err;
+	int v6 = ctx->family != AF_INET;
+	int query = ctx->protocol == IPPROTO_UDP && ctx->local_port == DNS_PORT && pod_dns;
 
-	if (ctx->protocol != IPPROTO_TCP)
+	if (ctx->protocol != IPPROTO_TCP && !query)
 		return SK_PASS;
-	if (ctx->family == AF_INET) {
-		__be32 to = ctx->local_ip4;
-
-		/* To itself by any of its addresses, also one that was added
-		 * after the program was loaded: capturing it would make the
-		 * proxy dial itself without end. */
-		if (to == ctx->remote_ip4 || (to & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000) || is_pod_ip4(to))
-			return SK_PASS;
-	} else {
-		__be32 a = ctx->local_ip6[0], b = ctx->local_ip6[1], c = ctx->local_ip6[2], d = ctx->local_ip6[3];
-		__be32 ra = ctx->remote_ip6[0], rb = ctx->remote_ip6[1], rc = ctx->remote_ip6[2], rd = ctx->remote_ip6[3];
-
-		if (a == ra && b == rb && c == rc && d == rd)
-			return SK_PASS;
-		if (!a && !b && !c && d == bpf_htonl(1))
-			return SK_PASS;
-		if (is_pod_ip6(a, b, c, d))
-			return SK_PASS;
-		role = ROLE_OUT6;
-	}
-	sk = bpf_map_lookup_elem(&listeners, &role);
-	if (!sk) {
-		count(OUT_NO_PROXY_DROP);
-		return SK_DROP;
-	}
-	err = bpf_sk_assign(ctx, sk, BPF_SK_LOOKUP_F_REPLACE);
-	bpf_sk_release(sk);
-	if (err) {
-		count(OUT_NO_PROXY_DROP);
-		return SK_DROP;
-	}
-	count(CAPTURED_OUT);
-	return SK_PASS;
+	if (v6 ? is_own6(ctx) : is_own4(ctx))
+		return SK_PASS;
+	if (query)
+		return give(ctx, ROLE_DNS4 + v6, CAPTURED_DNS, DNS_NO_PROXY_DROP);
+	return give(ctx, ROLE_OUT4 + v6, CAPTURED_OUT, OUT_NO_PROXY_DROP);
 }
 
 // inbound_strict stands at the pod's end of the wire: new connections go to

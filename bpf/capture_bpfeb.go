@@ -33,6 +33,8 @@ const (
 	CaptureCounterHOST_GUARD_DATA_DROP      CaptureCounter = 14
 	CaptureCounterHOST_GUARD_MALFORMED_DROP CaptureCounter = 15
 	CaptureCounterSTRAY_DROP                CaptureCounter = 16
+	CaptureCounterCAPTURED_DNS              CaptureCounter = 17
+	CaptureCounterDNS_NO_PROXY_DROP         CaptureCounter = 18
 	CaptureCounterCOUNTERS                  CaptureCounter = 32
 )
 
@@ -65,6 +67,8 @@ const (
 	CaptureRoleROLE_IN6   CaptureRole = 3
 	CaptureRoleROLE_HB4   CaptureRole = 4
 	CaptureRoleROLE_HB6   CaptureRole = 5
+	CaptureRoleROLE_DNS4  CaptureRole = 6
+	CaptureRoleROLE_DNS6  CaptureRole = 7
 	CaptureRoleROLE_SLOTS CaptureRole = 8
 )
 
@@ -82,6 +86,7 @@ const (
 	CaptureProgHostProbe        = "host_probe"
 	CaptureProgInboundStrict    = "inbound_strict"
 	CaptureProgMeshLookup       = "mesh_lookup"
+	CaptureVarPodDns            = "pod_dns"
 	CaptureVarPodIp4            = "pod_ip4"
 	CaptureVarPodIp6            = "pod_ip6"
 	CaptureVarPodNsid           = "pod_nsid"
@@ -152,6 +157,7 @@ type CaptureMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type CaptureVariableSpecs struct {
+	PodDns  *ebpf.VariableSpec `ebpf:"pod_dns"`
 	PodIp4  *ebpf.VariableSpec `ebpf:"pod_ip4"`
 	PodIp6  *ebpf.VariableSpec `ebpf:"pod_ip6"`
 	PodNsid *ebpf.VariableSpec `ebpf:"pod_nsid"`
@@ -199,6 +205,7 @@ func (m *CaptureMaps) Close() error {
 //
 // It can be passed to LoadCaptureObjects or ebpf.CollectionSpec.LoadAndAssign.
 type CaptureVariables struct {
+	PodDns  *ebpf.Variable `ebpf:"pod_dns"`
 	PodIp4  *ebpf.Variable `ebpf:"pod_ip4"`
 	PodIp6  *ebpf.Variable `ebpf:"pod_ip6"`
 	PodNsid *ebpf.Variable `ebpf:"pod_nsid"`

@@ -47,6 +47,10 @@ func (c CaptureCounter) String() string {
 		return "host_guard_malformed_drop"
 	case CaptureCounterSTRAY_DROP:
 		return "stray_drop"
+	case CaptureCounterCAPTURED_DNS:
+		return "captured_dns"
+	case CaptureCounterDNS_NO_PROXY_DROP:
+		return "dns_no_proxy_drop"
 	}
 	return ""
 }

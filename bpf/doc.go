@@ -8,9 +8,11 @@
 // out6 on port 15001, in4 and in6 on 15006 for plain inbound, hb4 and hb6 on
 // 15008 for tunnels. All are transparent (IP_TRANSPARENT), so a connection
 // accepted on one has the address it was meant for as its local address. No
-// packet is rewritten and no connection is tracked.
+// packet is rewritten and no connection is tracked. If name queries are to be
+// captured there are dns4 and dns6 too, for UDP, on port 15053.
 //
 //	app ── rule: all TCP generated here ──► lo ── mesh_lookup ──► out4, out6
+//	app ── rule: UDP to port 53 ──► lo ── mesh_lookup ──► dns4, dns6
 //	wire ── inbound_strict ──► in4, in6, hb4, hb6 ── proxy ── lo ──► app
 //	proxy (mark 0x539, blessed) ── guard_pod_egress ── guard_host_ingress ──► wire
 //	host's own socket ── host_probe ── inbound_strict (mark 0x539) ──► app
@@ -22,10 +24,31 @@
 //	100  mark 0x539/0xfff        table main     the proxy, kept connections, probes
 //	101  mark 0x539/0xfff        unreachable    so that the proxy never meets itself
 //	102  TCP                     table 1500     the capture
+//	103  UDP to port 53          table 1500     name queries, if they are captured
 //
 // The app's answers to connections that the proxy made in a client's name go
 // the same way, over lo to the proxy, and never leave the pod even if every
-// program were gone. UDP, ICMP and SCTP are not touched.
+// program were gone. Other UDP, ICMP and SCTP are not touched.
+//
+// # Name queries
+//
+// The capture of names is a service to the pod, not a bound around it: UDP is
+// not meshed, no guard looks at it, and a pod that binds its socket to a device
+// or sends raw packets asks its server directly. Queries over TCP are outbound
+// connections as any other.
+//
+// A query arrives on dns4 or dns6 with the address that was asked as its
+// original destination (IP_RECVORIGDSTADDR, IPV6_RECVORIGDSTADDR). The answer
+// must come from that address and port: from a transparent socket that is bound
+// to it in the pod's namespace, which takes CAP_NET_BIND_SERVICE. What the
+// proxy asks itself, from a socket with mark 0x539, leaves. A query to an
+// address of the pod, 127.0.0.53 for instance, is not captured.
+//
+// While no proxy runs, queries wait in the sockets that the agent holds, as
+// many as fit, and are answered by the next one. When the sockets are gone too
+// they are dropped, so the pod's resolver asks again: to let them go on as if
+// they were for the pod would give them to a name server that runs in it,
+// which would then ask itself.
 //
 // # Programs
 //

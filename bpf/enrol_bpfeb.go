@@ -33,6 +33,8 @@ const (
 	EnrolCounterHOST_GUARD_DATA_DROP      EnrolCounter = 14
 	EnrolCounterHOST_GUARD_MALFORMED_DROP EnrolCounter = 15
 	EnrolCounterSTRAY_DROP                EnrolCounter = 16
+	EnrolCounterCAPTURED_DNS              EnrolCounter = 17
+	EnrolCounterDNS_NO_PROXY_DROP         EnrolCounter = 18
 	EnrolCounterCOUNTERS                  EnrolCounter = 32
 )
 
@@ -69,6 +71,8 @@ const (
 	EnrolRoleROLE_IN6   EnrolRole = 3
 	EnrolRoleROLE_HB4   EnrolRole = 4
 	EnrolRoleROLE_HB6   EnrolRole = 5
+	EnrolRoleROLE_DNS4  EnrolRole = 6
+	EnrolRoleROLE_DNS6  EnrolRole = 7
 	EnrolRoleROLE_SLOTS EnrolRole = 8
 )
 
@@ -84,6 +88,7 @@ const (
 	EnrolProgHoldLo         = "hold_lo"
 	EnrolProgHoldWire       = "hold_wire"
 	EnrolProgInboundLenient = "inbound_lenient"
+	EnrolVarPodDns          = "pod_dns"
 	EnrolVarPodIp4          = "pod_ip4"
 	EnrolVarPodIp6          = "pod_ip6"
 	EnrolVarPodNsid         = "pod_nsid"
@@ -152,6 +157,7 @@ type EnrolMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type EnrolVariableSpecs struct {
+	PodDns  *ebpf.VariableSpec `ebpf:"pod_dns"`
 	PodIp4  *ebpf.VariableSpec `ebpf:"pod_ip4"`
 	PodIp6  *ebpf.VariableSpec `ebpf:"pod_ip6"`
 	PodNsid *ebpf.VariableSpec `ebpf:"pod_nsid"`
@@ -199,6 +205,7 @@ func (m *EnrolMaps) Close() error {
 //
 // It can be passed to LoadEnrolObjects or ebpf.CollectionSpec.LoadAndAssign.
 type EnrolVariables struct {
+	PodDns  *ebpf.Variable `ebpf:"pod_dns"`
 	PodIp4  *ebpf.Variable `ebpf:"pod_ip4"`
 	PodIp6  *ebpf.Variable `ebpf:"pod_ip6"`
 	PodNsid *ebpf.Variable `ebpf:"pod_nsid"`

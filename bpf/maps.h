@@ -8,8 +8,7 @@
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
 
-/* Keys of `listeners`: which of the proxy's sockets a new connection goes to.
- * Two slots are free for the proxy's name server. */
+/* Keys of `listeners`: which of the proxy's sockets a new connection goes to. */
 enum role {
 	ROLE_OUT4, /* outbound, :15001 */
 	ROLE_OUT6,
@@ -17,6 +16,8 @@ enum role {
 	ROLE_IN6,
 	ROLE_HB4, /* inbound tunnel, :15008 */
 	ROLE_HB6,
+	ROLE_DNS4, /* name queries over UDP, :15053 */
+	ROLE_DNS6,
 	ROLE_SLOTS = 8,
 };
 
@@ -40,6 +41,8 @@ enum counter {
 	HOST_GUARD_DATA_DROP,
 	HOST_GUARD_MALFORMED_DROP,
 	STRAY_DROP, /* packet that lost its way while capture was put on or off; TCP sends it again */
+	CAPTURED_DNS,      /* name queries given to the proxy */
+	DNS_NO_PROXY_DROP, /* name queries, but no socket: the proxy is gone */
 	COUNTERS = 32,
 };
 
@@ -129,10 +132,12 @@ const volatile __u32 pod_ip4[POD_ADDRS] = {};    /* network order; 0 ends the li
 const volatile __u32 pod_ip6[POD_ADDRS][4] = {}; /* network order; :: ends the list */
 const volatile __u32 pod_nsid = 0;               /* the pod's namespace as the host namespace numbers it */
 const volatile __u32 pod_veth = 0;               /* index of the host's side of the veth */
+const volatile __u32 pod_dns = 0;                /* not 0: its name queries over UDP are captured */
 
 #define MARK_PROXY 0x539 /* traffic of the proxy: routed as if there were no capture */
 #define MARK_LOCAL 0x53a /* traffic that stays in the namespace, captured or not */
 #define HBONE_PORT 15008
+#define DNS_PORT 53
 
 static __always_inline void count(enum counter which)
 {

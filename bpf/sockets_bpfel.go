@@ -33,6 +33,8 @@ const (
 	SocketsCounterHOST_GUARD_DATA_DROP      SocketsCounter = 14
 	SocketsCounterHOST_GUARD_MALFORMED_DROP SocketsCounter = 15
 	SocketsCounterSTRAY_DROP                SocketsCounter = 16
+	SocketsCounterCAPTURED_DNS              SocketsCounter = 17
+	SocketsCounterDNS_NO_PROXY_DROP         SocketsCounter = 18
 	SocketsCounterCOUNTERS                  SocketsCounter = 32
 )
 
@@ -83,6 +85,8 @@ const (
 	SocketsRoleROLE_IN6   SocketsRole = 3
 	SocketsRoleROLE_HB4   SocketsRole = 4
 	SocketsRoleROLE_HB6   SocketsRole = 5
+	SocketsRoleROLE_DNS4  SocketsRole = 6
+	SocketsRoleROLE_DNS6  SocketsRole = 7
 	SocketsRoleROLE_SLOTS SocketsRole = 8
 )
 
@@ -98,6 +102,7 @@ const (
 	SocketsProgDestroy  = "destroy"
 	SocketsProgDrain    = "drain"
 	SocketsProgKeep     = "keep"
+	SocketsVarPodDns    = "pod_dns"
 	SocketsVarPodIp4    = "pod_ip4"
 	SocketsVarPodIp6    = "pod_ip6"
 	SocketsVarPodNsid   = "pod_nsid"
@@ -166,6 +171,7 @@ type SocketsMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SocketsVariableSpecs struct {
+	PodDns  *ebpf.VariableSpec `ebpf:"pod_dns"`
 	PodIp4  *ebpf.VariableSpec `ebpf:"pod_ip4"`
 	PodIp6  *ebpf.VariableSpec `ebpf:"pod_ip6"`
 	PodNsid *ebpf.VariableSpec `ebpf:"pod_nsid"`
@@ -213,6 +219,7 @@ func (m *SocketsMaps) Close() error {
 //
 // It can be passed to LoadSocketsObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SocketsVariables struct {
+	PodDns  *ebpf.Variable `ebpf:"pod_dns"`
 	PodIp4  *ebpf.Variable `ebpf:"pod_ip4"`
 	PodIp6  *ebpf.Variable `ebpf:"pod_ip6"`
 	PodNsid *ebpf.Variable `ebpf:"pod_nsid"`

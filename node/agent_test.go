@@ -96,6 +96,9 @@ func (p *heldProxy) cookies(t *testing.T) map[string][]uint64 {
 	out := map[string][]uint64{}
 	for uid, e := range p.pods {
 		for _, l := range e.Files.Listeners {
+			if l == nil {
+				continue
+			}
 			c, err := unix.GetsockoptUint64(int(l.Fd()), unix.SOL_SOCKET, unix.SO_COOKIE)
 			if err != nil {
 				t.Fatal(err)

@@ -33,7 +33,10 @@ type ClientConfig struct {
 	Path     string // of the agent's socket
 	Instance string // names this ztunnel in the agent's logs
 	Handler  Handler
-	Log      *slog.Logger
+	// DNS says that the handler serves the sockets of DNS4 and DNS6. Without
+	// it, it is never given any.
+	DNS bool
+	Log *slog.Logger
 	// Retry is the pause between two attempts to connect. 0 is 200 ms.
 	Retry time.Duration
 }
@@ -133,7 +136,7 @@ const writeTimeout = 5 * time.Second
 // greet says who this is and what it holds.
 func (c *Client) greet(p *pipe) error {
 	p.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
-	if err := p.send(message{Kind: hello, Version: Version, Instance: c.cfg.Instance}, Files{}); err != nil {
+	if err := p.send(message{Kind: hello, Version: Version, Instance: c.cfg.Instance, DNS: c.cfg.DNS}, Files{}); err != nil {
 		return err
 	}
 	var err error

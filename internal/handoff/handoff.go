@@ -12,6 +12,11 @@
 // The holds let an agent that was restarted adopt the listeners of a ztunnel
 // that was not, and the other way round the snapshot gives a restarted ztunnel
 // the listeners, with their backlog, that the agent kept open.
+//
+// A ztunnel says in its hello whether it takes the sockets for name queries.
+// One that does not, such as those of releases that have no name server, gets
+// pods without them. To go back to an agent of such a release, first turn the
+// capture of name queries off: it refuses holds that carry these sockets.
 package handoff
 
 import (
@@ -30,8 +35,9 @@ const Version = 1
 type Role int
 
 // The roles. Out is what the pod's own processes dial, In is plain text that
-// arrives at the pod, HB is HBONE (port 15008) that arrives at the pod; the
-// digit is the IP family.
+// arrives at the pod, HB is HBONE (port 15008) that arrives at the pod, DNS is
+// what they ask of name servers over UDP; the digit is the IP family. DNS4 and
+// DNS6 are datagram sockets, the others listen for TCP.
 const (
 	Out4 Role = iota
 	Out6
@@ -39,6 +45,8 @@ const (
 	In6
 	HB4
 	HB6
+	DNS4
+	DNS6
 	Roles int = iota // how many there are
 )
 
@@ -47,7 +55,7 @@ func (r Role) String() string {
 	if r < 0 || int(r) >= Roles {
 		return fmt.Sprintf("role(%d)", int(r))
 	}
-	return [Roles]string{"out4", "out6", "in4", "in6", "hb4", "hb6"}[r]
+	return [Roles]string{"out4", "out6", "in4", "in6", "hb4", "hb6", "dns4", "dns6"}[r]
 }
 
 // A Pod is who a captured pod is. Its namespace and service account are what
@@ -104,7 +112,8 @@ func validUID(uid string) error {
 type Files struct {
 	Netns   *os.File // the pod's network namespace
 	Blessed *os.File // the sk_storage map that marks ztunnel's own sockets
-	// Listeners by Role; nil where the pod has no address of that family.
+	// Listeners by Role; nil where the pod has no address of that family, and
+	// for DNS4 and DNS6 where its queries are not captured.
 	Listeners [Roles]*os.File
 }
 

@@ -10,7 +10,7 @@ import (
 type kind string
 
 const (
-	hello       kind = "hello"       // ztunnel: Version, Instance
+	hello       kind = "hello"       // ztunnel: Version, Instance, DNS
 	hold        kind = "hold"        // ztunnel: Pod and the files that it serves it with
 	holdEnd     kind = "holdEnd"     // ztunnel: all holds are sent
 	ack         kind = "ack"         // ztunnel: Seq of the request, Error if it failed
@@ -31,6 +31,7 @@ type message struct {
 	Kind     kind   `json:"kind"`
 	Version  int    `json:"version,omitempty"`
 	Instance string `json:"instance,omitempty"`
+	DNS      bool   `json:"dns,omitempty"` // takes the sockets of DNS4 and DNS6
 	Seq      uint64 `json:"seq,omitempty"`
 	Pod      *Pod   `json:"pod,omitempty"`
 	UID      string `json:"uid,omitempty"`
@@ -86,8 +87,9 @@ func (m message) check() error {
 	return fmt.Errorf("the kind is not known")
 }
 
-// checkFiles wants the netns, the map, at least one listener, and no name
-// twice.
+// checkFiles wants the netns, the map, at least one listener for TCP, and no
+// name twice. A name that is not known is refused: a file that nobody serves
+// would be a pod whose traffic hangs.
 func checkFiles(names []string) error {
 	known := make(map[string]bool)
 	for _, s := range slots() {
@@ -100,7 +102,13 @@ func checkFiles(names []string) error {
 		}
 		seen[n] = true
 	}
-	if !seen["netns"] || !seen["blessed"] || len(names) < 3 {
+	listeners := len(names) - 2
+	for _, r := range []Role{DNS4, DNS6} {
+		if seen[r.String()] {
+			listeners--
+		}
+	}
+	if !seen["netns"] || !seen["blessed"] || listeners < 1 {
 		return fmt.Errorf("files %q: want netns, blessed and listeners", names)
 	}
 	return nil

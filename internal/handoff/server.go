@@ -159,7 +159,7 @@ func (s *Server) greet(p *proxy) error {
 	if m.Kind != hello {
 		return fmt.Errorf("ztunnel begins with %q, want hello", m.Kind)
 	}
-	p.instance = m.Instance
+	p.instance, p.dns = m.Instance, m.DNS
 	if m.Version != Version {
 		err := fmt.Errorf("ztunnel speaks version %d of the handoff, this agent version %d: run both from one release", m.Version, Version)
 		p.pipe.conn.SetWriteDeadline(time.Now().Add(s.cfg.AckTimeout))
@@ -243,6 +243,14 @@ func (s *Server) Connected() (int, <-chan struct{}) {
 	return len(s.proxies), s.changed
 }
 
+// ServesDNS reports whether the ztunnel to which pods are added takes the
+// sockets for name queries. It may change when what Connected reports does.
+// While it is false, name queries must not be captured: nobody answers them.
+func (s *Server) ServesDNS() bool {
+	p := s.newest()
+	return p != nil && p.dns
+}
+
 // newest returns the ztunnel that connected last, or nil.
 func (s *Server) newest() *proxy {
 	s.mu.Lock()
@@ -306,6 +314,7 @@ var errDisconnected = errors.New("ztunnel disconnected before it answered")
 // proxy is one connected ztunnel.
 type proxy struct {
 	instance string
+	dns      bool // takes the sockets for name queries
 	timeout  time.Duration
 	acks     chan message
 	gone     chan struct{} // closed when nobody reads its answers any more
@@ -367,6 +376,9 @@ func (p *proxy) request(ctx context.Context, m message, f Files) error {
 func (p *proxy) ask(m message, f Files) error {
 	p.seq++
 	m.Seq = p.seq
+	if !p.dns {
+		f.Listeners[DNS4], f.Listeners[DNS6] = nil, nil
+	}
 	p.pipe.conn.SetWriteDeadline(time.Now().Add(p.timeout))
 	if err := p.pipe.send(m, f); err != nil {
 		p.pipe.conn.Close()

@@ -73,6 +73,11 @@ func (p *Pod) attachAs(ctx context.Context, m Mode) error {
 // attachClosed captures a pod whose connections, if it has any, are captured
 // already: what keeps things out comes first.
 func (p *Pod) attachClosed() error {
+	if !p.wantsDNS() { // before the program, which no longer takes queries
+		if err := p.setDNS(); err != nil {
+			return err
+		}
+	}
 	for _, pin := range []string{pinGuardHost, pinGuardPod, pinInbound, pinHostProbe, pinSkLookup} {
 		h := p.hook(pin)
 		if err := p.put(h, p.programs[h.program]); err != nil {
@@ -86,6 +91,9 @@ func (p *Pod) attachClosed() error {
 		return err
 	}
 	if err := p.place.addCapture(p.ns); err != nil {
+		return err
+	}
+	if err := p.setDNS(); err != nil {
 		return err
 	}
 	return p.markCaptured()
@@ -154,5 +162,40 @@ func (p *Pod) attachRunning(ctx context.Context, existing Existing) error {
 	if _, err := p.walk(last); err != nil {
 		return err
 	}
+	if err := p.setDNS(); err != nil {
+		return err
+	}
 	return p.markCaptured()
 }
+
+// CaptureDNS lets name queries go to the proxy, or, with on false, to the
+// servers that are asked, as without capture. After Prepare it is on if the
+// Target says DNS; for others it has no effect. A pod that is not captured yet
+// is only told.
+//
+// It is for a time in which no proxy is there that takes the pod's sockets for
+// name queries, because it is of a release that has none. A proxy that is just
+// restarting is no reason: queries wait in the sockets.
+func (p *Pod) CaptureDNS(on bool) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ns == nil {
+		return errClosed
+	}
+	p.noDNS = !on
+	captured, err := p.captured()
+	if err == nil && captured {
+		err = p.setDNS()
+	}
+	if err != nil {
+		return fmt.Errorf("capture name queries of pod %s: %w", p.uid, err)
+	}
+	return nil
+}
+
+// setDNS is no part of what keeps traffic in: it comes last.
+func (p *Pod) setDNS() error {
+	return p.place.setDNS(p.ns, p.wantsDNS())
+}
+
+func (p *Pod) wantsDNS() bool { return p.place.dns && !p.noDNS }

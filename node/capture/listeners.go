@@ -17,6 +17,7 @@ const (
 	PortOutbound = 15001
 	PortInbound  = 15006
 	PortHBONE    = 15008
+	PortDNS      = 15053 // UDP
 )
 
 // Marks of sockets in a pod's namespace. They route; they prove nothing.
@@ -31,9 +32,11 @@ const (
 	MarkMask = 0xfff
 )
 
-// Listeners are the proxy's listening sockets in a pod, by role: out4, out6,
-// in4, in6, hb4, hb6. Those of a family that the pod has not are nil.
-type Listeners [6]*os.File
+// Listeners are the proxy's sockets in a pod, by role: out4, out6, in4, in6,
+// hb4, hb6, which listen for TCP, and dns4, dns6, which get name queries. The
+// latter report the address that was asked (IP_RECVORIGDSTADDR). Those of a
+// family that the pod has not are nil, and dns4 and dns6 without Target.DNS.
+type Listeners [8]*os.File
 
 // Close closes the descriptors.
 func (l *Listeners) Close() error {
@@ -69,19 +72,30 @@ type role struct {
 	family int
 	port   int
 	mark   int  // inherited by accepted sockets
-	wire   bool // accepted sockets use the wire, so they are blessed
+	wire   bool // the socket, or accepted ones, use the wire, so they are blessed
+	udp    bool
 }
 
 func (r role) String() string {
+	host, network := "0.0.0.0", "TCP"
 	if r.family == unix.AF_INET6 {
-		return fmt.Sprintf("[::]:%d", r.port)
+		host = "[::]"
 	}
-	return fmt.Sprintf("0.0.0.0:%d", r.port)
+	if r.udp {
+		network = "UDP"
+	}
+	return fmt.Sprintf("%s:%d (%s)", host, r.port, network)
 }
 
 // roles returns the roles of the families that the pod has.
 func (w place) roles() []role {
 	var out []role
+	if w.dns && w.v4.IsValid() {
+		out = append(out, role{slot: bpf.CaptureRoleROLE_DNS4, family: unix.AF_INET, port: PortDNS, mark: MarkProxy, wire: true, udp: true})
+	}
+	if w.dns && w.v6.IsValid() {
+		out = append(out, role{slot: bpf.CaptureRoleROLE_DNS6, family: unix.AF_INET6, port: PortDNS, mark: MarkProxy, wire: true, udp: true})
+	}
 	if w.v4.IsValid() {
 		out = append(out,
 			role{slot: bpf.CaptureRoleROLE_OUT4, family: unix.AF_INET, port: PortOutbound},
@@ -120,7 +134,11 @@ func listen(ns *netns.NS, roles []role) (Listeners, error) {
 // listen makes one listener in the namespace of the calling thread.
 func (r role) listen() (*os.File, error) {
 	// IPPROTO_TCP, never MPTCP: bpf_sk_assign takes plain TCP only.
-	fd, err := unix.Socket(r.family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	kind, protocol := unix.SOCK_STREAM, unix.IPPROTO_TCP
+	if r.udp {
+		kind, protocol = unix.SOCK_DGRAM, unix.IPPROTO_UDP
+	}
+	fd, err := unix.Socket(r.family, kind|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, protocol)
 	if err != nil {
 		return nil, os.NewSyscallError("socket", err)
 	}
@@ -135,9 +153,12 @@ func (r role) listen() (*os.File, error) {
 }
 
 // setup sets no SO_REUSEPORT: before 6.6, bpf_sk_assign refuses such sockets.
+// For UDP, SO_REUSEADDR would let a program in the pod share the port.
 func (r role) setup(fd int) error {
-	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
-		return os.NewSyscallError("setsockopt SO_REUSEADDR", err)
+	if !r.udp {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+			return os.NewSyscallError("setsockopt SO_REUSEADDR", err)
+		}
 	}
 	if r.mark != 0 {
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, r.mark); err != nil {
@@ -156,30 +177,63 @@ func (r role) setup(fd int) error {
 	} else if err := unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_TRANSPARENT, 1); err != nil {
 		return os.NewSyscallError("setsockopt IP_TRANSPARENT", err)
 	}
+	if r.udp {
+		level, option := unix.IPPROTO_IP, unix.IP_RECVORIGDSTADDR
+		if r.family == unix.AF_INET6 {
+			level, option = unix.IPPROTO_IPV6, unix.IPV6_RECVORIGDSTADDR
+		}
+		if err := unix.SetsockoptInt(fd, level, option, 1); err != nil {
+			return os.NewSyscallError("setsockopt RECVORIGDSTADDR", err)
+		}
+	}
 	if err := unix.Bind(fd, sa); err != nil {
 		return os.NewSyscallError("bind", err)
+	}
+	if r.udp {
+		return nil
 	}
 	// The kernel cuts the backlog to net.core.somaxconn of the namespace.
 	return os.NewSyscallError("listen", unix.Listen(fd, 1<<16-1))
 }
 
 // adopt takes over listeners that a proxy has kept while there was no agent.
-// It duplicates; the caller keeps its own. Every role must be there.
+// It duplicates; the caller keeps its own. Every role for TCP must be there:
+// connections may wait in it. The sockets for name queries are made if they
+// are missing: the proxy may be one that did not take them.
 func adopt(ns *netns.NS, roles []role, have Listeners) (Listeners, error) {
 	cookie, err := netnsCookie(ns)
 	if err != nil {
 		return Listeners{}, err
 	}
+	var keep Listeners
+	var missing []role
 	for _, r := range roles {
 		f := have[r.slot]
+		if f == nil && r.udp {
+			missing = append(missing, r)
+			continue
+		}
 		if f == nil {
 			return Listeners{}, fmt.Errorf("adopt listeners: %v is missing", r)
 		}
-		if err := r.check(int(f.Fd()), cookie); err != nil {
+		if err := r.check(f, cookie); err != nil {
 			return Listeners{}, fmt.Errorf("adopt listener %v: %w", r, err)
 		}
+		keep[r.slot] = f
 	}
-	return have.dup()
+	made, err := listen(ns, missing)
+	if err != nil {
+		return Listeners{}, err
+	}
+	out, err := keep.dup()
+	if err != nil {
+		made.Close()
+		return Listeners{}, err
+	}
+	for _, r := range missing {
+		out[r.slot] = made[r.slot]
+	}
+	return out, nil
 }
 
 // netnsCookie returns the namespace's cookie, 0 if the kernel has none (it
@@ -201,7 +255,8 @@ func netnsCookie(ns *netns.NS) (cookie uint64, err error) {
 }
 
 // check refuses a socket that is not this role's listener in the namespace.
-func (r role) check(fd int, cookie uint64) error {
+func (r role) check(f *os.File, cookie uint64) error {
+	fd := int(f.Fd())
 	if cookie != 0 {
 		got, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
 		if err != nil {
@@ -214,6 +269,10 @@ func (r role) check(fd int, cookie uint64) error {
 	listening, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
 	if err != nil {
 		return os.NewSyscallError("getsockopt SO_ACCEPTCONN", err)
+	}
+	protocol, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL)
+	if err != nil {
+		return os.NewSyscallError("getsockopt SO_PROTOCOL", err)
 	}
 	mark, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK)
 	if err != nil {
@@ -230,8 +289,12 @@ func (r role) check(fd int, cookie uint64) error {
 	case *unix.SockaddrInet6:
 		family, port = unix.AF_INET6, sa.Port
 	}
-	if listening == 0 || family != r.family || port != r.port || mark != r.mark {
-		return fmt.Errorf("it is not what it should be: listening %d, family %d, port %d, mark %#x", listening, family, port, mark)
+	right := listening != 0 && protocol == unix.IPPROTO_TCP
+	if r.udp {
+		right = protocol == unix.IPPROTO_UDP
+	}
+	if !right || family != r.family || port != r.port || mark != r.mark {
+		return fmt.Errorf("it is not what it should be: protocol %d, listening %d, family %d, port %d, mark %#x", protocol, listening, family, port, mark)
 	}
 	return nil
 }

@@ -28,6 +28,7 @@ type Pod struct {
 	roles []role
 
 	mu        sync.Mutex
+	noDNS     bool // CaptureDNS has turned it off
 	ns        *netns.NS
 	maps      map[string]*ebpf.Map // by name in the programs; the pod's own
 	programs  map[string]*ebpf.Program

@@ -23,13 +23,16 @@ const (
 	ruleProxy       = 100 // the proxy's mark: as without capture
 	ruleUnreachable = 101 // the proxy's mark and no route: an error, not back to itself
 	ruleCapture     = 102 // all other TCP that is generated here: table 1500
+	ruleDNS         = 103 // and UDP to port 53, if the proxy gets name queries
+
+	portDomain = 53
 
 	routeProtocol = 80 // rtnetlink(7): who made the route; a number of our own
 )
 
-// rules returns the rules of one family, ruleLocal first. They say "iif lo", which means
-// generated here: without it, the reverse path check of every packet that
-// arrives would match too and drop it.
+// rules returns the rules of one family, in order, ruleDNS included. They say
+// "iif lo", which means generated here: without it, the reverse path check of
+// every packet that arrives would match too and drop it.
 func rules(family int) []*netlink.Rule {
 	mask := uint32(MarkMask)
 	rule := func(priority int) *netlink.Rule {
@@ -42,7 +45,9 @@ func rules(family int) []*netlink.Rule {
 	proxy.Mark, proxy.Mask, proxy.Table = MarkProxy, &mask, unix.RT_TABLE_MAIN
 	unreachable.Mark, unreachable.Mask, unreachable.Type = MarkProxy, &mask, unix.RTN_UNREACHABLE
 	capture.IifName, capture.IPProto, capture.Table = "lo", unix.IPPROTO_TCP, table
-	return []*netlink.Rule{local, proxy, unreachable, capture}
+	dns := rule(ruleDNS)
+	dns.IifName, dns.IPProto, dns.Dport, dns.Table = "lo", unix.IPPROTO_UDP, netlink.NewRulePortRange(portDomain, portDomain), table
+	return []*netlink.Rule{local, proxy, unreachable, capture, dns}
 }
 
 // families calls f for each family that the pod has.
@@ -88,11 +93,26 @@ func (w place) addLocal(ns *netns.NS) error {
 	})
 }
 
-// addCapture makes the other rules. The capturing one is last, so that it never
-// holds without the others.
+// addCapture makes the other rules but ruleDNS. The capturing one is last, so
+// that it never holds without the others.
 func (w place) addCapture(ns *netns.NS) error {
 	return w.add(ns, func(nl *netlink.Handle, family int, _ net.IP) error {
-		return addRules(nl, rules(family)[1:])
+		return addRules(nl, rules(family)[1:4])
+	})
+}
+
+// setDNS adds or removes ruleDNS.
+func (w place) setDNS(ns *netns.NS, on bool) error {
+	if on {
+		return w.add(ns, func(nl *netlink.Handle, family int, _ net.IP) error {
+			return addRules(nl, rules(family)[4:])
+		})
+	}
+	return w.add(ns, func(nl *netlink.Handle, family int, _ net.IP) error {
+		if err := nl.RuleDel(rules(family)[4]); err != nil && !gone(err) {
+			return fmt.Errorf("delete rule %d: %w", ruleDNS, err)
+		}
+		return nil
 	})
 }
 

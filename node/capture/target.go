@@ -26,6 +26,9 @@ type Target struct {
 	// of a family at most, or two of which the first is used as the source
 	// of captured connections. All must be present in Netns.
 	Addrs []netip.Addr
+	// DNS: the proxy gets what the pod sends over UDP to port 53 of others.
+	// It must be one that answers; see Pod.CaptureDNS.
+	DNS bool
 }
 
 // A place is what was found out about a pod's network.
@@ -35,6 +38,7 @@ type place struct {
 	eth0   int          // index of the pod's end of the veth
 	veth   int          // index of the host's end
 	nsid   int          // the pod's namespace as the host namespace numbers it
+	dns    bool         // name queries are captured
 }
 
 // survey finds the pod's addresses and both ends of its wire. It refuses a
@@ -51,7 +55,7 @@ func (c *Capture) survey(t Target) (place, error) {
 	if len(t.Addrs) == 0 {
 		return place{}, errors.New("it has no address yet")
 	}
-	w := place{}
+	w := place{dns: t.DNS}
 	for _, a := range t.Addrs {
 		a = a.Unmap()
 		switch {
@@ -163,11 +167,16 @@ func (w place) constants(spec *ebpf.CollectionSpec) error {
 		}
 		return fmt.Errorf("the pod has more than %d addresses of one family, the programs hold no more: %v", len(ip4), w.addrs)
 	}
+	var dns uint32
+	if w.dns {
+		dns = 1
+	}
 	for name, value := range map[string]any{
 		bpf.CaptureVarPodIp4:  ip4,
 		bpf.CaptureVarPodIp6:  ip6,
 		bpf.CaptureVarPodNsid: uint32(w.nsid),
 		bpf.CaptureVarPodVeth: uint32(w.veth),
+		bpf.CaptureVarPodDns:  dns,
 	} {
 		v, ok := spec.Variables[name]
 		if !ok {

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/weft-mesh/weft/bpf"
 	"github.com/weft-mesh/weft/internal/netns"
 	"github.com/weft-mesh/weft/internal/testnet"
 )
@@ -136,7 +137,7 @@ func serve(t testing.TB, f Files) *proxy {
 	x := &proxy{t: t, files: f, conns: map[net.Conn]bool{}}
 	x.ns = must(netns.Open(fmt.Sprintf("/proc/self/fd/%d", f.Netns.Fd())))
 	for i, lf := range f.Listeners {
-		if lf == nil {
+		if lf == nil || i >= int(bpf.CaptureRoleROLE_DNS4) {
 			continue
 		}
 		l := must(net.FileListener(lf)).(*net.TCPListener)
