@@ -1,6 +1,7 @@
 package testnet
 
 import (
+	"cmp"
 	"encoding/binary"
 	"net"
 	"net/netip"
@@ -21,11 +22,24 @@ type Frame struct {
 	// DestinationOptions is how many such headers are before an IPv6
 	// packet's TCP or UDP.
 	DestinationOptions int
+	// Extensions are the kinds of more extension headers of IPv6, in this
+	// order, behind those of DestinationOptions: 0 hop-by-hop options, 43
+	// routing, 44 a fragment header that fragments nothing, 51 authentication,
+	// 60 destination options. Each has eight bytes, that of kind 51 twelve.
+	Extensions []byte
 	// Fragment makes it a fragment: the first if Offset, in units of eight
 	// bytes, is 0. Of a later one only Payload is sent.
 	Fragment      bool
 	MoreFragments bool
 	Offset        uint16
+	// ID is the identification of fragments; 0x1234 if it is 0.
+	ID uint16
+	// OptionsInside is how many headers of destination options are behind
+	// the fragment header.
+	OptionsInside int
+	// First, if not 0, is how many bytes a first fragment has behind its
+	// header.
+	First int
 	// Cut drops that many bytes from the end, after lengths were written.
 	Cut int
 }
@@ -48,6 +62,8 @@ func (f Frame) Bytes() []byte {
 	body, protocol := f.segment()
 	if f.Fragment && f.Offset > 0 {
 		body = f.Payload
+	} else if f.First > 0 {
+		body = body[:f.First-8*f.OptionsInside]
 	}
 	if f.Src.Addr().Is4() {
 		out = append(out, 0x08, 0x00)
@@ -73,7 +89,7 @@ func (f Frame) ipv4(body int, protocol byte) []byte {
 	h[0] = 0x40 | byte(len(h)/4)
 	binary.BigEndian.PutUint16(h[2:], uint16(len(h)+body))
 	if f.Fragment {
-		h[4], h[5] = 0x12, 0x34
+		binary.BigEndian.PutUint16(h[4:], f.id())
 		word := f.Offset
 		if f.MoreFragments {
 			word |= 0x2000
@@ -104,17 +120,38 @@ func (f Frame) ipv6(body int, protocol byte) []byte {
 	for range f.DestinationOptions {
 		add(60, [8]byte{2: 1, 3: 4}) // PadN
 	}
+	for _, kind := range f.Extensions {
+		hdr := [8]byte{}
+		switch kind {
+		case 0, 60:
+			hdr = [8]byte{2: 1, 3: 4} // PadN
+		case 43:
+			hdr[2] = 4 // a type that is passed over, with no segments left
+		case 51:
+			hdr[1] = 1
+		}
+		add(kind, hdr)
+		if kind == 51 {
+			ext = append(ext, 0, 0, 0, 0)
+			next = &ext[len(ext)-12]
+		}
+	}
 	if f.Fragment {
 		word := f.Offset << 3
 		if f.MoreFragments {
 			word |= 1
 		}
-		add(44, [8]byte{2: byte(word >> 8), 3: byte(word), 7: 9})
+		add(44, [8]byte{2: byte(word >> 8), 3: byte(word), 6: byte(f.id() >> 8), 7: byte(f.id())})
+	}
+	for range f.OptionsInside {
+		add(60, [8]byte{2: 1, 3: 4})
 	}
 	*next = protocol
 	binary.BigEndian.PutUint16(h[4:], uint16(len(ext)+body))
 	return append(h, ext...)
 }
+
+func (f Frame) id() uint16 { return cmp.Or(f.ID, 0x1234) }
 
 func (f Frame) segment() (b []byte, protocol byte) {
 	ports := func(b []byte) {

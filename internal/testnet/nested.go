@@ -16,16 +16,14 @@ const (
 	NestedVeth Nesting = iota
 	// NestedMacvlan: an interface of its own on the pod's wire.
 	NestedMacvlan
-	// NestedIPvlan: the same with the pod's hardware address.
-	NestedIPvlan
 	// NestedMove: the pod's own interface is moved in, and the pod has none.
 	NestedMove
 )
 
 // Nest makes a namespace inside the pod, as a process of the pod with
 // CAP_NET_ADMIN and CAP_SYS_ADMIN can, with routes to everywhere by the pod's
-// wire. On a macvlan, ipvlan or moved interface it takes the pod's addresses
-// as its own. The pod's link of a routed pod (see Routed) is assumed.
+// wire. On a macvlan or moved interface it takes the pod's addresses as its
+// own; the pod must be Routed.
 func (p *Pod) Nest(name string, how Nesting) *Host {
 	p.t.Helper()
 	h := newHost(p.t, name)
@@ -47,11 +45,7 @@ func (p *Pod) Nest(name string, how Nesting) *Host {
 		}
 		at := netlink.NewLinkAttrs()
 		at.Name, at.ParentIndex, at.Namespace = link, wire.Attrs().Index, netlink.NsFd(h.Fd())
-		var inner netlink.Link = &netlink.Macvlan{LinkAttrs: at, Mode: netlink.MACVLAN_MODE_BRIDGE}
-		if how == NestedIPvlan {
-			inner = &netlink.IPVlan{LinkAttrs: at, Mode: netlink.IPVLAN_MODE_L2}
-		}
-		return nl.LinkAdd(inner)
+		return nl.LinkAdd(&netlink.Macvlan{LinkAttrs: at, Mode: netlink.MACVLAN_MODE_BRIDGE})
 	})
 	h.links(func(nl *netlink.Handle) error { return up(nl, link) })
 	h.V4, h.V6 = p.V4, p.V6

@@ -1,9 +1,7 @@
 package capture
 
 import (
-	"bytes"
 	"context"
-	"fmt"
 	"io"
 	"net/netip"
 	"testing"
@@ -97,74 +95,6 @@ func TestMarkRoutesButDoesNotBless(t *testing.T) {
 	refused(t, s.pod.Host, dst, func(fd int) error {
 		return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, MarkProxy)
 	})
-}
-
-// TestRawFramesAreNoWayAround sends frames past every program in the pod. Each
-// arrives at the peer without the host's guard, and none with it.
-func TestRawFramesAreNoWayAround(t *testing.T) {
-	s := newStage(t, testnet.Bridged)
-	p, x := s.captured(Mode{New: true})
-	from, to := s.pod.Tap("eth0"), s.peer.Tap("eth0")
-	// A connection of the proxy, whose tuple frames may borrow in vain.
-	startApp(t, s.peer.Host, ":8080")
-	if _, err := connect(s.pod.Host, netip.AddrPortFrom(s.peer.V4, 8080)); err != nil {
-		t.Fatal(err)
-	}
-	if n := x.count("out"); n != 1 {
-		t.Fatalf("the proxy accepted %d connections, want 1", n)
-	}
-
-	for _, addr := range []func(h *testnet.Host) netip.Addr{
-		func(h *testnet.Host) netip.Addr { return h.V4 },
-		func(h *testnet.Host) netip.Addr { return h.V6 },
-	} {
-		base := testnet.Frame{
-			SrcMAC: from.MAC, DstMAC: to.MAC,
-			Src: netip.AddrPortFrom(addr(s.pod.Host), 4000), Dst: netip.AddrPortFrom(addr(s.peer.Host), 80),
-		}
-		v6 := base.Src.Addr().Is6()
-		ways := map[string]func(f *testnet.Frame){
-			"SYN":               func(f *testnet.Frame) { f.Flags = testnet.SYN },
-			"data":              func(f *testnet.Frame) { f.Flags = testnet.ACK },
-			"first fragment":    func(f *testnet.Frame) { f.Flags, f.Fragment, f.MoreFragments = testnet.ACK, true, true },
-			"priority tag":      func(f *testnet.Frame) { f.Flags, f.VLANs = testnet.SYN, []uint16{0} },
-			"two priority tags": func(f *testnet.Frame) { f.Flags, f.VLANs = testnet.SYN, []uint16{0, 0} },
-			"spoofed source": func(f *testnet.Frame) {
-				f.Flags = testnet.SYN
-				f.Src = netip.AddrPortFrom(addr(s.node.Host), 4000)
-			},
-		}
-		if v6 {
-			ways["destination option"] = func(f *testnet.Frame) { f.Flags, f.DestinationOptions = testnet.SYN, 1 }
-		}
-		for name, way := range ways {
-			t.Run(fmt.Sprintf("%s/%v", name, base.Dst), func(t *testing.T) {
-				frame := base
-				frame.Payload = []byte("smuggled " + name)
-				way(&frame)
-				arrives := func(round string) bool {
-					last := base
-					last.UDP, last.Payload = true, []byte("last of "+name+" "+round)
-					from.Send(frame.Bytes())
-					from.Send(last.Bytes())
-					for _, got := range to.Until(last.Payload) {
-						if bytes.Contains(got, frame.Payload) {
-							return true
-						}
-					}
-					return false
-				}
-				only(t, p, pinGuardPod)
-				if !arrives("one") {
-					t.Fatal("the attack does not even work without the host's guard")
-				}
-				only(t, p, pinGuardHost)
-				if arrives("two") {
-					t.Error("the frame left the pod")
-				}
-			})
-		}
-	}
 }
 
 // TestOtherProtocolsPass: capture is about TCP.
