@@ -129,6 +129,12 @@ type Workload struct {
 	Waypoint GatewayRef `json:"waypoint,omitzero"`
 
 	Healthy bool `json:"healthy"` // takes new connections; false while starting or terminating
+	// Capacity is the share of a service's connections that the workload gets,
+	// relative to others that are as near. Nil is 1, and 0 gets none.
+	Capacity *uint32 `json:"capacity,omitempty"`
+	// Direct says that connections with others that are Direct too may stay
+	// within a node, without a tunnel, after the same authorization.
+	Direct bool `json:"direct,omitempty"`
 
 	CanonicalName     string `json:"canonicalName,omitempty"`
 	CanonicalRevision string `json:"canonicalRevision,omitempty"`
@@ -185,7 +191,12 @@ type Service struct {
 	Name      ServiceName `json:"name"`
 	ShortName string      `json:"shortName"` // the Kubernetes object's name
 	VIPs      []VIP       `json:"vips,omitempty"`
-	Ports     []Port      `json:"ports,omitempty"`
+	// ExternalAddresses are those at which the service is reached from outside
+	// the cluster: of a load balancer, or routed to its nodes. Its name does
+	// not resolve to them, and they may be a node's or shared with other
+	// services, so they are the service's at its own ports only.
+	ExternalAddresses []netip.Addr `json:"externalAddresses,omitempty"`
+	Ports             []Port       `json:"ports,omitempty"`
 	// SubjectAltNames are identities that may answer for the service beside
 	// those of its workloads.
 	SubjectAltNames []string     `json:"subjectAltNames,omitempty"`
@@ -194,4 +205,9 @@ type Service struct {
 	Mode            BalanceMode  `json:"mode,omitempty"`
 	AllowUnhealthy  bool         `json:"allowUnhealthy,omitempty"` // publishNotReadyAddresses
 	IPFamilies      string       `json:"ipFamilies,omitempty"`     // "", ipv4, ipv6, dual
+	// Canonical marks the service that a host name means to those who have none
+	// of that name in their own namespace.
+	Canonical bool `json:"canonical,omitempty"`
+	// Private services are found by name in their own namespace only.
+	Private bool `json:"private,omitempty"`
 }

@@ -56,6 +56,11 @@ func (s Service) Validate() error {
 			bad("virtual address %v is not a network prefix", v.Prefix)
 		}
 	}
+	for _, a := range s.ExternalAddresses {
+		if err := validAddress(a); err != nil {
+			bad("external address: %w", err)
+		}
+	}
 	for _, p := range s.Ports {
 		if p.Service == 0 {
 			bad("port 0 is not a port")

@@ -31,6 +31,13 @@ func FromService(s mesh.Service) *pb.Service {
 		SubjectAltNames: s.SubjectAltNames,
 		Waypoint:        fromGateway(s.Waypoint),
 		IpFamilies:      pb.IPFamilies(max(0, slices.Index(families(), s.IPFamilies))),
+		Canonical:       s.Canonical,
+	}
+	if s.Private {
+		m.Visibility = pb.ServiceVisibility_NAMESPACE
+	}
+	for _, a := range s.ExternalAddresses {
+		m.ExternalAddresses = append(m.ExternalAddresses, a.Unmap().AsSlice())
 	}
 	for _, v := range s.VIPs {
 		a := &pb.NetworkAddress{Network: v.Network, Address: v.Prefix.Addr().AsSlice()}
@@ -66,6 +73,9 @@ func ToService(m *pb.Service) (mesh.Service, error) {
 		AllowUnhealthy:  m.GetLoadBalancing().GetHealthPolicy() == pb.LoadBalancing_ALLOW_ALL,
 		IPFamilies:      choice(families(), "", int32(m.GetIpFamilies())),
 		Mode:            choice(modes(), "unknown", int32(m.GetLoadBalancing().GetMode())),
+		Canonical:       m.GetCanonical(),
+		// A visibility of a later version is narrower than all.
+		Private: m.GetVisibility() != pb.ServiceVisibility_PUBLIC,
 	}
 	if s.Name.Namespace == "" || s.Name.Host == "" {
 		errs = append(errs, fmt.Errorf("name %q lacks a part", s.Name))
@@ -81,6 +91,14 @@ func ToService(m *pb.Service) (mesh.Service, error) {
 			continue
 		}
 		s.VIPs = append(s.VIPs, mesh.VIP{Network: a.GetNetwork(), Prefix: p})
+	}
+	for _, b := range m.GetExternalAddresses() {
+		a, err := toAddr(b)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		s.ExternalAddresses = append(s.ExternalAddresses, a)
 	}
 	for _, p := range m.GetLoadBalancing().GetRoutingPreference() {
 		if p != pb.LoadBalancing_UNSPECIFIED_SCOPE {

@@ -49,6 +49,8 @@ func full() (mesh.Workload, mesh.Service, mesh.Policy) {
 			{Service: mesh.ServiceName{Namespace: "shop", Host: "z"}, Ports: []mesh.Port{{Service: 1, Target: 2}}},
 		},
 		Policies: []mesh.Name{{Namespace: "shop", Name: "p"}, {Namespace: "root", Name: "q"}},
+		Capacity: new(uint32(3)),
+		Direct:   true,
 	}
 	s := mesh.Service{
 		Name:            cart,
@@ -61,6 +63,10 @@ func full() (mesh.Workload, mesh.Service, mesh.Policy) {
 		Mode:            mesh.BalanceFailover,
 		AllowUnhealthy:  true,
 		IPFamilies:      "dual",
+
+		ExternalAddresses: []netip.Addr{addr("198.51.100.1"), addr("2001:db8::1")},
+		Canonical:         true,
+		Private:           true,
 	}
 	p := mesh.Policy{
 		Name: mesh.Name{Namespace: "shop", Name: "p"}, Scope: mesh.ScopeNamespace, Action: mesh.Deny, DryRun: true,
@@ -158,6 +164,11 @@ func TestEveryFieldTravels(t *testing.T) {
 }
 
 func TestEveryValueTravels(t *testing.T) {
+	for _, c := range []*uint32{nil, new(uint32)} {
+		w, _, _ := full()
+		w.Capacity = c
+		same(t, workloadTrip(t, w), w)
+	}
 	w, s, p := full()
 	for _, x := range []mesh.Transport{mesh.TransportUnset, mesh.PlainTCP, mesh.HBONE} {
 		w.Transport = x
@@ -293,6 +304,12 @@ func TestValuesOfALaterVersionFailClosed(t *testing.T) {
 		t.Error("a strict preference of a later version was dropped")
 	} else if _, ok := balance.Choose(&got, w, near, 0); ok {
 		t.Error("a strict preference of a later version was met")
+	}
+
+	ms = FromService(s)
+	ms.Visibility = 77
+	if got, _ := ToService(ms); !got.Private {
+		t.Error("unknown visibility counts as public")
 	}
 
 	mp := FromPolicy(p)

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
 	pb "github.com/weft-mesh/weft/api/workload"
 	"github.com/weft-mesh/weft/mesh"
 )
@@ -41,6 +43,7 @@ func FromWorkload(w mesh.Workload) *pb.Workload {
 		Services:              make(map[string]*pb.PortList, len(w.Services)),
 		AuthorizationPolicies: make([]string, 0, len(w.Policies)),
 		Status:                pb.WorkloadStatus_UNHEALTHY,
+		Direct:                w.Direct,
 	}
 	switch w.Transport {
 	case mesh.HBONE:
@@ -59,6 +62,9 @@ func FromWorkload(w mesh.Workload) *pb.Workload {
 	}
 	if l := w.Locality; l != (mesh.Locality{}) {
 		m.Locality = &pb.Locality{Region: l.Region, Zone: l.Zone, Subzone: l.Subzone}
+	}
+	if w.Capacity != nil {
+		m.Capacity = wrapperspb.UInt32(*w.Capacity)
 	}
 	for _, a := range w.Addresses {
 		m.Addresses = append(m.Addresses, a.Unmap().AsSlice())
@@ -96,6 +102,11 @@ func ToWorkload(m *pb.Workload) (mesh.Workload, error) {
 		Healthy:           m.GetStatus() == pb.WorkloadStatus_HEALTHY,
 		CanonicalName:     m.GetCanonicalName(),
 		CanonicalRevision: m.GetCanonicalRevision(),
+		Direct:            m.GetDirect(),
+	}
+	if c := m.GetCapacity(); c != nil {
+		value := c.GetValue()
+		w.Capacity = &value
 	}
 	if l := m.GetLocality(); l != nil {
 		w.Locality = mesh.Locality{Region: l.GetRegion(), Zone: l.GetZone(), Subzone: l.GetSubzone()}

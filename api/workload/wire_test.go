@@ -15,13 +15,13 @@ import (
 // control plane that is out there.
 const numbers = `
 istio.workload.Address: workload 1 message, service 2 message
-istio.workload.Workload: name 1 string, namespace 2 string, addresses 3 bytes*, network 4 string, tunnel_protocol 5 enum, trust_domain 6 string, service_account 7 string, waypoint 8 message, node 9 string, canonical_name 10 string, canonical_revision 11 string, workload_type 12 enum, workload_name 13 string, native_tunnel 14 bool, authorization_policies 16 string*, status 17 enum, cluster_id 18 string, network_gateway 19 message, uid 20 string, hostname 21 string, services 22 message*, application_tunnel 23 message, locality 24 message, network_mode 25 enum, extensions 26 message*, capacity 27 message
+istio.workload.Workload: name 1 string, namespace 2 string, addresses 3 bytes*, network 4 string, tunnel_protocol 5 enum, trust_domain 6 string, service_account 7 string, waypoint 8 message, node 9 string, canonical_name 10 string, canonical_revision 11 string, workload_type 12 enum, workload_name 13 string, native_tunnel 14 bool, authorization_policies 16 string*, status 17 enum, cluster_id 18 string, network_gateway 19 message, uid 20 string, hostname 21 string, services 22 message*, application_tunnel 23 message, locality 24 message, network_mode 25 enum, extensions 26 message*, capacity 27 message, direct 7701 bool
 istio.workload.ApplicationTunnel: protocol 1 enum, port 2 uint32
 istio.workload.ApplicationTunnel.Protocol: NONE 0, PROXY 1
 istio.workload.Locality: region 1 string, zone 2 string, subzone 3 string
 istio.workload.PortList: ports 1 message*
 istio.workload.Port: service_port 1 uint32, target_port 2 uint32, app_protocol 3 enum
-istio.workload.Service: name 1 string, namespace 2 string, hostname 3 string, addresses 4 message*, ports 5 message*, subject_alt_names 6 string*, waypoint 7 message, load_balancing 8 message, ip_families 9 enum, extensions 10 message*, canonical 11 bool, ingress_use_waypoint 12 bool, weighted_waypoints 13 message*, visibility 14 enum
+istio.workload.Service: name 1 string, namespace 2 string, hostname 3 string, addresses 4 message*, ports 5 message*, subject_alt_names 6 string*, waypoint 7 message, load_balancing 8 message, ip_families 9 enum, extensions 10 message*, canonical 11 bool, ingress_use_waypoint 12 bool, weighted_waypoints 13 message*, visibility 14 enum, external_addresses 7701 bytes*
 istio.workload.WeightedWaypoint: destination 1 message, weight 2 uint32
 istio.workload.LoadBalancing: routing_preference 1 enum*, mode 2 enum, health_policy 3 enum
 istio.workload.LoadBalancing.Scope: UNSPECIFIED_SCOPE 0, REGION 1, ZONE 2, SUBZONE 3, NODE 4, CLUSTER 5, NETWORK 6

@@ -15,11 +15,11 @@ type Candidate struct {
 }
 
 // Choose picks the candidate that takes a connection of the workload from to
-// service s, and false if none may. All that are equally near are equally
-// likely; rnd, any random number, picks among them.
+// service s, and false if none may. Those that are equally near are as likely
+// as their capacities say; rnd, any random number, picks among them.
 //
-// Candidates without a workload or a port never count, and unhealthy ones only
-// if s allows them. For a service in passthrough mode nothing is chosen: the
+// Candidates without a workload, a port or a capacity never count, and unhealthy
+// ones only if s allows them. For a service in passthrough mode nothing is chosen: the
 // caller dials the address that was asked for. A mode that is not known
 // chooses nothing.
 func Choose(s *mesh.Service, from mesh.Workload, cs []Candidate, rnd uint64) (Candidate, bool) {
@@ -34,9 +34,9 @@ func Choose(s *mesh.Service, from mesh.Workload, cs []Candidate, rnd uint64) (Ca
 	for _, c := range cs {
 		switch r := rank(s, &from, c); {
 		case r > best:
-			best, n = r, 1
+			best, n = r, capacity(c.Workload)
 		case r == best:
-			n++
+			n += capacity(c.Workload)
 		}
 	}
 	if n == 0 {
@@ -47,10 +47,11 @@ func Choose(s *mesh.Service, from mesh.Workload, cs []Candidate, rnd uint64) (Ca
 		if rank(s, &from, c) != best {
 			continue
 		}
-		if skip == 0 {
+		w := capacity(c.Workload)
+		if skip < w {
 			return c, true
 		}
-		skip--
+		skip -= w
 	}
 	panic("balance: counted more candidates than there are")
 }
@@ -69,7 +70,10 @@ func lowest(s *mesh.Service) (int, bool) {
 // rank returns how many of the preferences of s the candidate meets, counted
 // up to the first that it does not, or -1 if it may not be chosen at all.
 func rank(s *mesh.Service, from *mesh.Workload, c Candidate) int {
-	if c.Workload == nil || c.Port == 0 || !c.Workload.Healthy && !s.AllowUnhealthy {
+	switch {
+	case c.Workload == nil || c.Port == 0 || capacity(c.Workload) == 0:
+		return -1
+	case !c.Workload.Healthy && !s.AllowUnhealthy:
 		return -1
 	}
 	if s.Mode == mesh.BalanceAny {
@@ -81,6 +85,14 @@ func rank(s *mesh.Service, from *mesh.Workload, c Candidate) int {
 		}
 	}
 	return len(s.Preferences)
+}
+
+// capacity returns the share of w.
+func capacity(w *mesh.Workload) uint64 {
+	if w.Capacity == nil {
+		return 1
+	}
+	return uint64(*w.Capacity)
 }
 
 // near reports whether two workloads share what p is about. Places that are

@@ -1,6 +1,7 @@
 package balance
 
 import (
+	"math"
 	"net/netip"
 	"testing"
 
@@ -22,6 +23,11 @@ func sick(w *mesh.Workload) *mesh.Workload {
 	return w
 }
 
+func of(capacity uint32, w *mesh.Workload) *mesh.Workload {
+	w.Capacity = &capacity
+	return w
+}
+
 func TestChoose(t *testing.T) {
 	from := *at("eu", "a", "n1")
 	near := []mesh.Preference{mesh.PreferRegion, mesh.PreferZone, mesh.PreferNode}
@@ -39,6 +45,16 @@ func TestChoose(t *testing.T) {
 		{"only the sick", mesh.Service{}, from, []*mesh.Workload{sick(at("eu", "a", "n1"))}, nil},
 		{"the sick may be allowed", mesh.Service{AllowUnhealthy: true}, from, []*mesh.Workload{sick(at("eu", "a", "n1"))}, []mesh.UID{"eu/a/n1"}},
 		{"a missing workload is passed over", mesh.Service{}, from, []*mesh.Workload{nil, at("eu", "a", "n1")}, []mesh.UID{"eu/a/n1"}},
+
+		{"as often as the capacities say", mesh.Service{}, from, []*mesh.Workload{of(2, at("eu", "a", "n1")), at("us", "b", "n2"), of(0, at("us", "b", "n3"))},
+			[]mesh.UID{"eu/a/n1", "eu/a/n1", "us/b/n2"}},
+		{"nobody has a capacity", mesh.Service{}, from, []*mesh.Workload{of(0, at("eu", "a", "n1"))}, nil},
+		{"capacities count among the near only", mesh.Service{Mode: mesh.BalanceFailover, Preferences: near}, from,
+			[]*mesh.Workload{of(1000, at("us", "b", "n2")), at("eu", "a", "n1")}, []mesh.UID{"eu/a/n1"}},
+		{"near without a capacity is not near", mesh.Service{Mode: mesh.BalanceFailover, Preferences: near}, from,
+			[]*mesh.Workload{of(0, at("eu", "a", "n1")), at("us", "b", "n2")}, []mesh.UID{"us/b/n2"}},
+		{"the largest capacities do not overflow", mesh.Service{}, from,
+			[]*mesh.Workload{of(math.MaxUint32, at("eu", "a", "n1")), of(math.MaxUint32, at("eu", "a", "n2"))}, []mesh.UID{"eu/a/n1"}},
 
 		{"strict: all or none", mesh.Service{Mode: mesh.BalanceStrict, Preferences: near}, from,
 			[]*mesh.Workload{at("eu", "a", "n1"), at("eu", "a", "n2"), at("us", "a", "n1")}, []mesh.UID{"eu/a/n1"}},

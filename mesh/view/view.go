@@ -27,8 +27,9 @@ type View struct {
 	byAddress map[netip.Addr]*mesh.Workload
 
 	byService map[mesh.ServiceName]*mesh.Service
-	byHost    map[mesh.Host]*mesh.Service
+	byHost    map[mesh.Host][]*mesh.Service // by namespace
 	byVIP     map[netip.Prefix]*mesh.Service
+	external  map[netip.AddrPort]*mesh.Service
 	vipBits   [2][]int // prefix lengths in use, longest first; IPv4, IPv6
 	endpoints map[mesh.ServiceName][]Endpoint
 
@@ -149,11 +150,17 @@ func key(a netip.Addr) netip.Addr { return a.Unmap().WithZone("") }
 // indexServices fills the indexes of services. Of two that claim the same
 // virtual address or host, the first by name has it.
 func (v *View) indexServices() {
-	v.byHost = make(map[mesh.Host]*mesh.Service, len(v.services))
+	v.byHost = make(map[mesh.Host][]*mesh.Service, len(v.services))
+	v.external = make(map[netip.AddrPort]*mesh.Service)
 	v.byVIP = make(map[netip.Prefix]*mesh.Service, len(v.services))
 	for _, s := range v.services {
-		if v.byHost[s.Name.Host] == nil {
-			v.byHost[s.Name.Host] = s
+		v.byHost[s.Name.Host] = append(v.byHost[s.Name.Host], s)
+		for _, a := range s.ExternalAddresses {
+			for _, p := range s.Ports {
+				if at := netip.AddrPortFrom(key(a), p.Service); v.external[at] == nil {
+					v.external[at] = s
+				}
+			}
 		}
 		for _, vip := range s.VIPs {
 			if !vip.Prefix.IsValid() {
@@ -242,7 +249,54 @@ func (v *View) ServiceByName(n mesh.ServiceName) *mesh.Service { return v.byServ
 
 // ByHost returns the service with host name h, or nil. If several namespaces
 // have one, that of the first by name.
-func (v *View) ByHost(h mesh.Host) *mesh.Service { return v.byHost[h] }
+func (v *View) ByHost(h mesh.Host) *mesh.Service {
+	if ss := v.byHost[h]; len(ss) > 0 {
+		return ss[0]
+	}
+	return nil
+}
+
+// External returns the service that has a's address as an external one and a's
+// port, or nil. The address may be somebody else's at other ports.
+func (v *View) External(a netip.AddrPort) *mesh.Service {
+	return v.external[netip.AddrPortFrom(key(a.Addr()), a.Port())]
+}
+
+// Resolve returns the service that the host name h means to workloads of a
+// namespace, or nil: their own one, else the canonical one, else the first by
+// namespace, none of them private to another namespace. A service whose host
+// is *.example.com has all names below example.com, except those that another
+// one names more closely.
+func (v *View) Resolve(namespace string, h mesh.Host) *mesh.Service {
+	if s := v.pick(namespace, h); s != nil {
+		return s
+	}
+	for rest := string(h); ; {
+		_, below, ok := strings.Cut(rest, ".")
+		if !ok || below == "" {
+			return nil
+		}
+		if s := v.pick(namespace, mesh.Host("*."+below)); s != nil {
+			return s
+		}
+		rest = below
+	}
+}
+
+// pick is Resolve for one entry of the index.
+func (v *View) pick(namespace string, h mesh.Host) *mesh.Service {
+	var best *mesh.Service
+	for _, s := range v.byHost[h] {
+		switch {
+		case s.Name.Namespace == namespace:
+			return s
+		case s.Private:
+		case best == nil, s.Canonical && !best.Canonical:
+			best = s
+		}
+	}
+	return best
+}
 
 // Endpoints returns the workloads that list service n, sorted by UID. They may
 // be there before the service is.

@@ -130,6 +130,78 @@ func TestServiceByVIP(t *testing.T) {
 	}
 }
 
+func TestExternal(t *testing.T) {
+	on := func(name string, port uint16, addrs ...string) mesh.Service {
+		return with(service(name), func(s *mesh.Service) {
+			s.Ports = []mesh.Port{{Service: port}}
+			for _, a := range addrs {
+				s.ExternalAddresses = append(s.ExternalAddresses, addr(a))
+			}
+		})
+	}
+	v := New("1", nil, []mesh.Service{on("a", 80, "198.51.100.1"), on("b", 443, "198.51.100.1", "2001:db8::1"), on("c", 80, "198.51.100.1")}, nil)
+	for ask, want := range map[string]mesh.Host{
+		"198.51.100.1:80": "a", "[::ffff:198.51.100.1]:443": "b", "[2001:db8::1]:443": "b", "198.51.100.1:22": "", "198.51.100.2:80": "",
+	} {
+		var got mesh.Host
+		if s := v.External(netip.MustParseAddrPort(ask)); s != nil {
+			got = s.Name.Host
+		}
+		if got != want {
+			t.Errorf("External(%s) = %q, want %q", ask, got, want)
+		}
+	}
+	if v.Service(addr("198.51.100.1")) != nil {
+		t.Error("an external address counts as a virtual one, at every port")
+	}
+}
+
+func TestResolve(t *testing.T) {
+	in := func(ns, host string, edit func(*mesh.Service)) mesh.Service {
+		s := mesh.Service{Name: mesh.ServiceName{Namespace: ns, Host: mesh.Host(host)}}
+		if edit != nil {
+			edit(&s)
+		}
+		return s
+	}
+	canonical := func(s *mesh.Service) { s.Canonical = true }
+	private := func(s *mesh.Service) { s.Private = true }
+	v := New("1", nil, []mesh.Service{
+		in("a", "api.example.com", nil), in("b", "api.example.com", canonical), in("c", "api.example.com", nil), in("aa", "api.example.com", private),
+		in("a", "only.example.com", nil), in("b", "only.example.com", nil),
+		in("a", "hidden.example.com", private),
+		in("a", "*.example.com", nil), in("a", "*.deep.example.com", private), in("a", "*.org", nil),
+	}, nil)
+	for _, tc := range []struct{ name, from, ask, want string }{
+		{"the own one first", "c", "api.example.com", "c/api.example.com"},
+		{"also a private one", "aa", "api.example.com", "aa/api.example.com"},
+		{"else the canonical one", "z", "api.example.com", "b/api.example.com"},
+		{"else the first by namespace", "z", "only.example.com", "a/only.example.com"},
+		{"not a private one of another namespace, but a wildcard", "z", "hidden.example.com", "a/*.example.com"},
+		{"a name below a wildcard", "z", "x.example.com", "a/*.example.com"},
+		{"deep below it", "z", "y.x.example.com", "a/*.example.com"},
+		{"the closest wildcard", "a", "x.deep.example.com", "a/*.deep.example.com"},
+		{"the closest that is not private", "z", "x.deep.example.com", "a/*.example.com"},
+		{"a wildcard is not its own parent", "z", "example.com", ""},
+		{"nor a label that ends like it", "z", "myexample.com", ""},
+		{"a wildcard below the top", "z", "x.org", "a/*.org"},
+		{"unknown", "z", "example.net", ""},
+		{"no name", "z", "", ""},
+		{"dots", "z", "...", ""},
+	} {
+		got := ""
+		if s := v.Resolve(tc.from, mesh.Host(tc.ask)); s != nil {
+			got = s.Name.String()
+		}
+		if got != tc.want {
+			t.Errorf("%s: Resolve(%s, %s) = %q, want %q", tc.name, tc.from, tc.ask, got, tc.want)
+		}
+	}
+	if (&View{}).Resolve("a", "api.example.com") != nil {
+		t.Error("the zero View resolves a name")
+	}
+}
+
 func TestEndpoints(t *testing.T) {
 	s := service("s", "10.96.0.1/32")
 	join := func(w *mesh.Workload) {
