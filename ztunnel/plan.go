@@ -39,6 +39,9 @@ type plan struct {
 	// service and workload are the target as far as it is known.
 	service  *mesh.Service
 	workload *mesh.Workload
+	// direct says that the peer may be reached without the tunnel if it is on
+	// this node: both ends' namespaces want it.
+	direct bool
 }
 
 // client is the pod that opens a connection.
@@ -60,6 +63,13 @@ func planOutbound(v *view.View, from client, dst netip.AddrPort, rnd uint64) pla
 		return planService(v, from, s, dst, rnd)
 	}
 	w := v.Workload(dst.Addr())
+	if w == nil || w.HostNetwork {
+		// The address of a load balancer may be a node's, but nobody can take
+		// that of a pod or a service this way.
+		if s := v.External(dst); s != nil {
+			return planService(v, from, s, dst, rnd)
+		}
+	}
 	if w == nil {
 		return plan{hop: passthrough, dial: dst}
 	}
@@ -135,6 +145,7 @@ func planWorkload(from client, w *mesh.Workload, dst netip.AddrPort, s *mesh.Ser
 		p.hop, p.dial = passthrough, dst
 		return p
 	case w.Transport == mesh.HBONE:
+		p.direct = w.Direct && from.workload.Direct
 		return p.tunnel(toPeer, w, s, netip.AddrPortFrom(dst.Addr(), hbone.Port), dst)
 	}
 	p.why = fmt.Sprintf("how to reach workload %s is not known: its transport is %v", w.UID, w.Transport)

@@ -91,9 +91,13 @@ func planView() *view.View {
 		in(workload("client", "10.0.0.2"), "mine", 7070),
 		in(workload("only6", "fd00::6"), "v6", 8080),
 		in(workload("sans", "10.0.0.21"), "sans", 8080),
+		with(workload("node-pod", "10.0.0.30"), func(w *mesh.Workload) { w.HostNetwork, w.Transport = true, mesh.PlainTCP }),
 	}
 	ss := []mesh.Service{
-		service("cart", "10.96.0.1", "fd96::1"),
+		with(service("cart", "10.96.0.1", "fd96::1"), func(s *mesh.Service) {
+			// Of its load balancer; of a node; and two that are not its to have.
+			s.ExternalAddresses = addrs("198.51.100.1", "10.0.0.30", "10.0.0.10", "10.96.0.5")
+		}),
 		with(service("guarded", "10.96.0.2"), func(s *mesh.Service) { s.Waypoint = waypoint }),
 		with(service("guarded-by-nothing", "10.96.0.3"), func(s *mesh.Service) {
 			s.Waypoint = mesh.GatewayRef{Service: serviceName("gone")}
@@ -156,6 +160,12 @@ func TestPlanOutbound(t *testing.T) {
 		{"passthrough service on a plain workload", "10.0.0.10:80", passthrough, "10.0.0.10:80", "", ""},
 		{"passthrough service is no way around the tunnel", "10.0.0.21:80", toPeer, "10.0.0.21:15008", "sans", ""},
 		{"passthrough service outside", "192.0.2.7:80", passthrough, "192.0.2.7:80", "", ""},
+		{"external address of a service", "198.51.100.1:80", toPeer, "10.0.0.4:15008", "cart", ""},
+		{"external address, another port", "198.51.100.1:22", passthrough, "198.51.100.1:22", "", ""},
+		{"external address that is a node's", "10.0.0.30:80", toPeer, "10.0.0.4:15008", "cart", ""},
+		{"external address that is a node's, another port", "10.0.0.30:6443", passthrough, "10.0.0.30:6443", "", ""},
+		{"nobody takes a pod's address as an external one", "10.0.0.10:80", passthrough, "10.0.0.10:80", "", ""},
+		{"nobody takes a service's address as an external one", "10.96.0.5:80", passthrough, "10.0.0.11:9090", "", ""},
 		{"balance mode of a later version", "10.96.0.12:80", reject, "", "", "no healthy endpoint"},
 	}
 	for _, tt := range tests {
@@ -219,6 +229,34 @@ func TestPlanBeforeTheFirstSync(t *testing.T) {
 			if p := planOutbound(v, client{}, netip.MustParseAddrPort(dst), 0); p.hop != reject {
 				t.Errorf("%s, %s: hop %d, want reject: what is unknown is not outside", name, dst, p.hop)
 			}
+		}
+	}
+}
+
+// A tunnel may be left out only if both ends' namespaces want that.
+func TestPlanIsDirectWhereBothWantIt(t *testing.T) {
+	direct := func(w *mesh.Workload) { w.Direct = true }
+	v := view.New("1", []mesh.Workload{
+		in(with(workload("yes", "10.0.0.4"), direct), "yes", 8080), workload("no", "10.0.0.5"),
+		with(workload("plain", "10.0.0.6"), func(w *mesh.Workload) { w.Direct, w.Transport = true, mesh.PlainTCP }),
+	}, []mesh.Service{service("yes", "10.96.0.1")}, nil)
+	wants, wantsNot := client{workload: with(workload("c", "10.0.0.2"), direct)}, client{workload: workload("c", "10.0.0.2")}
+	for _, tc := range []struct {
+		name string
+		from client
+		dst  string
+		want bool
+	}{
+		{"both", wants, "10.0.0.4:80", true},
+		{"both, through a service", wants, "10.96.0.1:80", true},
+		{"the client only", wants, "10.0.0.5:80", false},
+		{"the server only", wantsNot, "10.0.0.4:80", false},
+		{"a client that is not known", client{}, "10.0.0.4:80", false},
+		{"a server outside the mesh", wants, "10.0.0.6:80", false},
+	} {
+		p := planOutbound(v, tc.from, netip.MustParseAddrPort(tc.dst), 0)
+		if p.direct != tc.want || p.hop == reject {
+			t.Errorf("%s: direct %v (hop %d %s), want %v", tc.name, p.direct, p.hop, p.why, tc.want)
 		}
 	}
 }

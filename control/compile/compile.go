@@ -48,6 +48,8 @@ type Inputs struct {
 	Pods     []*corev1.Pod // only their addresses, to tell an endpoint that is a pod from one that is not
 	Nodes    []*corev1.Node
 	Services []*corev1.Service
+	// Namespaces are read for their labels only.
+	Namespaces []*corev1.Namespace
 	// Slices are the EndpointSlices that Kubernetes does not derive from a
 	// service's selector. Those it does derive are passed over: the selector
 	// and the pod say the same, one hop earlier.
@@ -73,6 +75,7 @@ type World struct {
 	claimed   map[netip.Addr]bool
 	selectors map[string][]policySelector // policies with a selector, by namespace of the pods they may select; "" is all
 	peers     peerAuths
+	direct    map[string]bool // namespaces whose pods may be reached without a tunnel within a node
 }
 
 // A policySelector selects the pods that list a policy.
@@ -85,6 +88,7 @@ type policySelector struct {
 // policies. Pods are compiled one by one with World.Workload.
 func Compile(s Settings, in Inputs) *World {
 	w := &World{settings: s.withDefaults(), selectors: map[string][]policySelector{}}
+	w.direct = directNamespaces(in.Namespaces)
 	w.compileServices(in.Services)
 	w.compileSlices(in)
 	w.compileAuthorizationPolicies(in.AuthorizationPolicies)

@@ -74,7 +74,7 @@ func TestStoriesInAnyOrder(t *testing.T) {
 		want := string(compileStory(t, readObjects(t, file(story, "objects.yaml"))))
 		for range 10 {
 			in := readObjects(t, file(story, "objects.yaml"))
-			for _, list := range []any{in.Pods, in.Nodes, in.Services, in.Slices, in.AuthorizationPolicies, in.PeerAuthentications} {
+			for _, list := range []any{in.Pods, in.Nodes, in.Services, in.Namespaces, in.Slices, in.AuthorizationPolicies, in.PeerAuthentications} {
 				rnd.Shuffle(reflect.ValueOf(list).Len(), reflect.Swapper(list))
 			}
 			if diff := cmp.Diff(want, string(compileStory(t, in))); diff != "" {
@@ -161,6 +161,8 @@ func readObjects(t *testing.T, b []byte) Inputs {
 			in.Nodes = append(in.Nodes, typed[corev1.Node](t, doc))
 		case "Service":
 			in.Services = append(in.Services, typed[corev1.Service](t, doc))
+		case "Namespace":
+			in.Namespaces = append(in.Namespaces, typed[corev1.Namespace](t, doc))
 		case "EndpointSlice":
 			in.Slices = append(in.Slices, typed[discoveryv1.EndpointSlice](t, doc))
 		case "AuthorizationPolicy":

@@ -14,7 +14,7 @@ import (
 )
 
 // annotationDistribution is Istio's older way to write
-// spec.trafficDistribution; it wins over the field.
+// spec.trafficDistribution; the field wins over it.
 const annotationDistribution = "networking.istio.io/traffic-distribution"
 
 // A labelPair is a label with its value, of the objects of a namespace.
@@ -50,11 +50,12 @@ func (w *World) compileServices(in []*corev1.Service) {
 			shared[labelPair{s.Namespace, k, v}]++
 		}
 	}
+	balanced := loadBalanced(in)
 	for _, s := range in {
 		if s.Spec.Type == corev1.ServiceTypeExternalName {
 			continue // a DNS alias: there is nothing to send to at this level
 		}
-		w.Services = append(w.Services, w.service(s))
+		w.Services = append(w.Services, w.service(s, balanced))
 		if len(s.Spec.Selector) == 0 {
 			continue
 		}
@@ -76,12 +77,15 @@ func (s Settings) serviceName(namespace, name string) mesh.ServiceName {
 }
 
 // service compiles one service, without its endpoints.
-func (w *World) service(s *corev1.Service) mesh.Service {
+func (w *World) service(s *corev1.Service, balanced map[netip.Addr]bool) mesh.Service {
 	out := mesh.Service{
 		Name:           w.settings.serviceName(s.Namespace, s.Name),
 		ShortName:      s.Name,
 		AllowUnhealthy: s.Spec.PublishNotReadyAddresses,
 		IPFamilies:     ipFamilies(s.Spec.IPFamilies),
+		Canonical:      true,
+
+		ExternalAddresses: externalAddresses(s, balanced),
 	}
 	ips := s.Spec.ClusterIPs
 	if len(ips) == 0 {
@@ -106,6 +110,51 @@ func (w *World) service(s *corev1.Service) mesh.Service {
 	}
 	out.Preferences, out.Mode = distribution(s)
 	return out
+}
+
+// ingressAddresses returns the addresses that a load balancer has given to the
+// service, by whether what goes to them must go through the load balancer
+// itself (ipMode Proxy, KEP-1860).
+func ingressAddresses(s *corev1.Service, through bool) []netip.Addr {
+	if s.Spec.Type != corev1.ServiceTypeLoadBalancer {
+		return nil
+	}
+	var out []netip.Addr
+	for _, i := range s.Status.LoadBalancer.Ingress {
+		a, err := netip.ParseAddr(i.IP) // it may have a host name only
+		if err == nil && through == (deref(i.IPMode) == corev1.LoadBalancerIPModeProxy) {
+			out = append(out, a.Unmap().WithZone(""))
+		}
+	}
+	return out
+}
+
+// loadBalanced returns the addresses that load balancers have given to any
+// service.
+func loadBalanced(in []*corev1.Service) map[netip.Addr]bool {
+	out := map[netip.Addr]bool{}
+	for _, s := range in {
+		for _, a := range slices.Concat(ingressAddresses(s, true), ingressAddresses(s, false)) {
+			out[a] = true
+		}
+	}
+	return out
+}
+
+// externalAddresses returns the addresses at which the service is reached from
+// outside, sorted. Anybody who may write a service can claim any address in
+// spec.externalIPs (CVE-2020-8554), so there it does not get one that a load
+// balancer has given to a service.
+func externalAddresses(s *corev1.Service, balanced map[netip.Addr]bool) []netip.Addr {
+	out := ingressAddresses(s, false)
+	for _, ip := range s.Spec.ExternalIPs {
+		a, err := netip.ParseAddr(ip)
+		if a = a.Unmap().WithZone(""); err == nil && !balanced[a] {
+			out = append(out, a)
+		}
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return slices.Compact(out)
 }
 
 // tcpPorts returns the service's TCP ports, in the order of the object. UDP
@@ -182,18 +231,24 @@ func distribution(s *corev1.Service) ([]mesh.Preference, mesh.BalanceMode) {
 	if p := s.Spec.InternalTrafficPolicy; p != nil && *p == corev1.ServiceInternalTrafficPolicyLocal {
 		return []mesh.Preference{mesh.PreferNode}, mesh.BalanceStrict
 	}
-	wish := s.Annotations[annotationDistribution]
-	if wish == "" && s.Spec.TrafficDistribution != nil {
-		wish = *s.Spec.TrafficDistribution
+	if ps := near(deref(s.Spec.TrafficDistribution)); ps != nil {
+		return ps, mesh.BalanceFailover
 	}
-	zone := []mesh.Preference{mesh.PreferNetwork, mesh.PreferRegion, mesh.PreferZone}
-	switch wish {
-	case "PreferSameZone":
-		return zone, mesh.BalanceFailover
-	case "PreferClose":
-		return append(zone, mesh.PreferSubzone), mesh.BalanceFailover
-	case "PreferSameNode":
-		return append(zone, mesh.PreferSubzone, mesh.PreferNode), mesh.BalanceFailover
+	if ps := near(s.Annotations[annotationDistribution]); ps != nil {
+		return ps, mesh.BalanceFailover
 	}
 	return nil, mesh.BalanceAny
+}
+
+// near returns the preferences that a word for a traffic distribution stands
+// for. PreferClose is the older name of PreferSameZone (KEP-3015).
+func near(wish string) []mesh.Preference {
+	zone := []mesh.Preference{mesh.PreferNetwork, mesh.PreferRegion, mesh.PreferZone}
+	switch strings.ToLower(wish) {
+	case "prefersamezone", "preferclose":
+		return zone
+	case "prefersamenode":
+		return append(zone, mesh.PreferSubzone, mesh.PreferNode)
+	}
+	return nil
 }

@@ -20,6 +20,7 @@ const (
 	labelNetwork          = "topology.istio.io/network"
 	labelSubzone          = "topology.istio.io/subzone"
 	labelWorkloadName     = "service.istio.io/workload-name"
+	labelSameNode         = "ambient.weft.dev/same-node" // on namespaces
 )
 
 // PodUID returns the UID that the workload of the named pod has.
@@ -59,6 +60,7 @@ func (w *World) Workload(pod *corev1.Pod, node *corev1.Node) (mesh.Workload, boo
 		Owner:             owner,
 		Services:          w.memberships(pod, addrs),
 		Policies:          w.policiesFor(pod.Namespace, set),
+		Direct:            w.direct[pod.Namespace],
 	}
 	// The node agent writes the annotation once the pod is captured and takes
 	// it off before it lets go, so nobody tunnels to a pod that is not
@@ -67,6 +69,18 @@ func (w *World) Workload(pod *corev1.Pod, node *corev1.Node) (mesh.Workload, boo
 		out.Transport = mesh.HBONE
 	}
 	return out, true
+}
+
+// directNamespaces returns the namespaces whose label says that connections
+// between their pods may stay within a node.
+func directNamespaces(in []*corev1.Namespace) map[string]bool {
+	out := map[string]bool{}
+	for _, ns := range in {
+		if ns.Labels[labelSameNode] == "direct" {
+			out[ns.Name] = true
+		}
+	}
+	return out
 }
 
 // ended reports whether every container of the pod has stopped for good. Its

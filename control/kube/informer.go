@@ -55,7 +55,7 @@ func (w *Watcher) makeInformers() {
 	w.wire(w.nodes, "Node", world)
 	w.wire(w.services, "Service", world)
 	w.wire(w.slices, "EndpointSlice", world)
-	w.wire(w.namespaces, "Namespace", func(any, any) {})
+	w.wire(w.namespaces, "Namespace", world)
 	w.wire(w.policies.informer, "AuthorizationPolicy", world)
 	w.wire(w.peers.informer, "PeerAuthentication", world)
 }

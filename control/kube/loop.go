@@ -263,6 +263,8 @@ func (w *Watcher) inputs() compile.Inputs {
 		Pods:     list[*corev1.Pod](w.pods),
 		Nodes:    list[*corev1.Node](w.nodes),
 		Services: list[*corev1.Service](w.services),
+
+		Namespaces: list[*corev1.Namespace](w.namespaces),
 		Slices:   list[*discoveryv1.EndpointSlice](w.slices),
 	}
 	for _, u := range list[*unstructured.Unstructured](w.policies.informer) {

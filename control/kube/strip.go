@@ -108,6 +108,12 @@ func stripService(s *corev1.Service) *corev1.Service {
 		PublishNotReadyAddresses: s.Spec.PublishNotReadyAddresses,
 		InternalTrafficPolicy:    s.Spec.InternalTrafficPolicy,
 		TrafficDistribution:      s.Spec.TrafficDistribution,
+		ExternalIPs:              s.Spec.ExternalIPs,
+	}
+	for _, i := range s.Status.LoadBalancer.Ingress {
+		if i.IP != "" {
+			out.Status.LoadBalancer.Ingress = append(out.Status.LoadBalancer.Ingress, corev1.LoadBalancerIngress{IP: i.IP, IPMode: i.IPMode})
+		}
 	}
 	return out
 }
