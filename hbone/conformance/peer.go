@@ -113,7 +113,7 @@ func (s *suite) greet(ours ...h2.Setting) (*peer, error) {
 func (s *suite) greetOver(c net.Conn, ours ...h2.Setting) (*peer, error) {
 	p := s.peer(c)
 	p.write([]byte(h2.ClientPreface))
-	p.must(p.fr.WriteSettings(ours...))
+	p.said(p.fr.WriteSettings(ours...))
 	for _, o := range ours {
 		if o.ID == h2.SettingInitialWindowSize {
 			p.initial = int64(o.Val)
@@ -167,10 +167,10 @@ func (p *peer) read() {
 
 func (p *peer) close() { _ = p.conn.Close() } // nothing depends on how
 
-// write and must put frames into the buffer; when the server has gone that
+// write and said put frames into the buffer; when the server has gone that
 // shows in what comes, so errors are of no interest here.
 func (p *peer) write(b []byte) { _, _ = p.out.Write(b) }
-func (p *peer) must(error)     {}
+func (p *peer) said(error)     {}
 
 // flush sends what was written.
 func (p *peer) flush() {
@@ -280,7 +280,7 @@ func (p *peer) settings(it item) {
 		}
 		p.theirs[id] = v
 	}
-	p.must(p.fr.WriteSettingsAck())
+	p.said(p.fr.WriteSettingsAck())
 }
 
 // initialWindow is what a new stream of ours may send.
@@ -310,7 +310,7 @@ func (p *peer) ping(it item) {
 	default:
 		p.pings++
 		if !p.deaf {
-			p.must(p.fr.WritePing(true, data))
+			p.said(p.fr.WritePing(true, data))
 		}
 	}
 }
@@ -342,7 +342,7 @@ func (p *peer) data(s *stream, it item) {
 	n := len(it.payload)
 	p.frame = max(p.frame, n)
 	if p.owed += n; p.owed > 16<<10 && !p.stall {
-		p.must(p.fr.WriteWindowUpdate(0, uint32(p.owed)))
+		p.said(p.fr.WriteWindowUpdate(0, uint32(p.owed)))
 		p.owed = 0
 	}
 	if s == nil {
@@ -365,7 +365,7 @@ func (p *peer) data(s *stream, it item) {
 // grant lets the server send n more on s.
 func (p *peer) grant(s *stream, n int) {
 	s.ours += int64(n)
-	p.must(p.fr.WriteWindowUpdate(s.id, uint32(n)))
+	p.said(p.fr.WriteWindowUpdate(s.id, uint32(n)))
 }
 
 // encode returns a header block of "name=value" fields.
@@ -383,7 +383,7 @@ func (p *peer) ask(end bool, fields ...string) *stream {
 	s := &stream{id: p.next, window: p.initialWindow(), ours: p.initial}
 	p.next += 2
 	p.streams[s.id] = s
-	p.must(p.fr.WriteHeaders(h2.HeadersFrameParam{StreamID: s.id, BlockFragment: p.encode(fields...), EndHeaders: true, EndStream: end}))
+	p.said(p.fr.WriteHeaders(h2.HeadersFrameParam{StreamID: s.id, BlockFragment: p.encode(fields...), EndHeaders: true, EndStream: end}))
 	return s
 }
 
@@ -418,7 +418,7 @@ func (p *peer) send(s *stream, b []byte, size int, end bool) error {
 			return fmt.Errorf("the server has reset the stream: %v", s.code)
 		}
 		n := min(len(b), size, p.maxFrame(), max(room(), 0))
-		p.must(p.fr.WriteData(s.id, end && n == len(b), b[:n]))
+		p.said(p.fr.WriteData(s.id, end && n == len(b), b[:n]))
 		s.window -= int64(n)
 		p.window -= int64(n)
 		if b = b[n:]; len(b) == 0 {
@@ -457,7 +457,7 @@ func (s *stream) returned(b []byte) error {
 // alive wants the answer to a PING.
 func (p *peer) alive() error {
 	data := [8]byte{'a', 'l', 'i', 'v', 'e', byte(len(p.pongs)), byte(len(p.pongs) >> 8), 1}
-	p.must(p.fr.WritePing(false, data))
+	p.said(p.fr.WritePing(false, data))
 	return p.wait("the answer to a PING", func() bool { return slices.Contains(p.pongs, data) })
 }
 
