@@ -131,8 +131,7 @@ func (s *ParserState) check(cfg ParserConfig) error {
 func (s *ParserState) checkFrame(cfg ParserConfig) error {
 	// begin changes nothing that outlives this.
 	probe := Parser{
-		cfg: cfg, settled: s.Settled && s.Frame.Type != Settings || s.Settled && s.Frame.Flags.Has(Ack),
-		inBlock: s.InBlock, blockHead: s.BlockHead, block: s.Block, continuations: max(0, s.Continuations-1),
+		cfg: cfg, settled: s.Settled, inBlock: s.InBlock, blockHead: s.BlockHead, block: s.Block, continuations: max(0, s.Continuations-1),
 	}
 	if err := probe.begin(s.Frame); err != nil {
 		return fmt.Errorf("the frame at hand: %w", err)
@@ -163,14 +162,17 @@ func (s *ParserState) checkFrame(cfg ParserConfig) error {
 	return nil
 }
 
-// A SendState is a SendWindow as a number.
+// Pack names the fields of w to c.
 func (w *SendWindow) Pack(c *pack.Coder) { pack.Int(c, &w.left, MaxWindow) }
 
 // Pack names the fields of w to c. What is read is a window that can be.
 func (w *ReceiveWindow) Pack(c *pack.Coder) {
 	pack.Uint(c, &w.size, MaxWindow)
 	pack.Uint(c, &w.left, MaxWindow)
-	pack.Uint(c, &w.owing, 2*MaxWindow)
+	pack.Uint(c, &w.owing, MaxWindow)
+	if c.Reading() && c.Err() == nil && int64(w.left)+int64(w.owing) > int64(w.size) {
+		c.Fail(errors.New("unpack: a window that is larger than its size"))
+	}
 }
 
 // Pack names the fields of p to c.

@@ -56,7 +56,7 @@ func (c *Coder) Fail(err error) {
 }
 
 // Uint is a number that is not negative and at most limit.
-func Uint[T ~uint8 | ~uint16 | ~uint32 | ~uint64 | ~int | ~int64](c *Coder, p *T, limit uint64) {
+func Uint[T ~uint8 | ~uint16 | ~uint32 | ~uint64 | ~int | ~int32 | ~int64](c *Coder, p *T, limit uint64) {
 	if !c.reading {
 		c.grow(binary.MaxVarintLen64)
 		c.buf = binary.AppendUvarint(c.buf, uint64(*p))
@@ -78,7 +78,7 @@ func Uint[T ~uint8 | ~uint16 | ~uint32 | ~uint64 | ~int | ~int64](c *Coder, p *T
 }
 
 // Int is a number of which at most limit is on either side of zero.
-func Int[T ~int | ~int64](c *Coder, p *T, limit int64) {
+func Int[T ~int | ~int32 | ~int64](c *Coder, p *T, limit int64) {
 	v := int64(*p)
 	u := uint64(v<<1) ^ uint64(v>>63) // as protocol buffers do: small numbers stay short
 	Uint(c, &u, 1<<64-1)
