@@ -3,8 +3,11 @@ package node
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"time"
+
+	corev1 "k8s.io/api/core/v1"
 
 	"github.com/weft-mesh/weft/internal/handoff"
 	"github.com/weft-mesh/weft/node/capture"
@@ -78,6 +81,7 @@ func (k *keeper) adopt(ctx context.Context, c capturer, held map[string]handoff.
 		return err
 	}
 	adopted := 0
+	keep := make(map[string]bool, len(uids))
 	for _, uid := range uids {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
@@ -88,17 +92,31 @@ func (k *keeper) adopt(ctx context.Context, c capturer, held map[string]handoff.
 		}
 		if k.adoptOne(ctx, c, uid, held) {
 			adopted++
+			keep[uid] = true
 		}
 		done()
 	}
 	if len(uids) > 0 {
 		k.log.Info("took over the pods of the agent before", "pods", adopted, "gone", len(uids)-adopted)
 	}
+	k.mu.Lock()
+	for uid := range k.pods {
+		keep[uid] = true // captured while this went on
+	}
+	k.mu.Unlock()
+	if err := k.records.sweep(keep); err != nil {
+		k.log.Warn("records of pods that are gone were not removed", "error", err)
+	}
 	return nil
 }
 
-// adoptOne takes over one pod. It reports false for one that is gone.
+// adoptOne takes over one pod. It reports false for one that is gone. The
+// caller has the pod's turn.
 func (k *keeper) adoptOne(ctx context.Context, c capturer, uid string, held map[string]handoff.Entry) bool {
+	if k.member(uid) != nil {
+		k.queue.Add(uid) // adopted from its record before; now its object is known
+		return true
+	}
 	h, isHeld := held[uid]
 	pod := k.kube.pod(uid)
 	p := h.Pod // if its object is gone, ztunnel knows whose traffic it is
@@ -119,34 +137,102 @@ func (k *keeper) adoptOne(ctx context.Context, c capturer, uid string, held map[
 		}
 		return false
 	}
+	k.excuse(uid) // its programs hold it, whatever becomes of this
 	if err != nil {
 		// It stays as the programs in the kernel hold it.
 		k.failed(ctx, pod, p, "adopt", err)
 		k.queue.AddRateLimited(uid)
 		return true
 	}
-	var files *handoff.Files
-	if isHeld {
-		files = &h.Files
+	m := &member{pod: p, sandbox: s, kubelet: kubeletUID(uid, pod), dns: k.dns && (pod == nil || wantsDNS(pod))}
+	k.takeOver(ctx, c, pod, m, heldFiles(held, uid))
+	return true
+}
+
+func heldFiles(held map[string]handoff.Entry, uid string) *handoff.Files {
+	h, ok := held[uid]
+	if !ok {
+		return nil
 	}
-	captive, err := c.prepare(ctx, uid, s, files)
+	return &h.Files
+}
+
+// takeOver makes a pod that is captured in the kernel a member, with the
+// listeners that a ztunnel has held, if any. It reports whether it did; if
+// not, the worker tries again. m's sandbox is the keeper's from then on. pod
+// may be nil.
+func (k *keeper) takeOver(ctx context.Context, c capturer, pod *corev1.Pod, m *member, files *handoff.Files) bool {
+	uid := m.pod.UID
+	captive, err := c.prepare(ctx, uid, m.sandbox, m.dns, files)
 	if err != nil {
 		// Its programs still hold it, so nothing leaks. The worker enrols it
 		// again, which picks up what is there.
-		s.close()
-		k.failed(ctx, pod, p, "adopt", err)
+		m.sandbox.close()
+		k.failed(ctx, pod, m.pod, "adopt", err)
 		k.queue.AddRateLimited(uid)
-		return true
+		return false
 	}
-	m := &member{pod: p, since: time.Now(), captive: captive, sandbox: s}
+	m.since, m.captive = time.Now(), captive
 	if err := captive.attach(ctx, capture.Mode{Existing: capture.Keep}); err != nil {
 		m.unsound = true
-		k.failed(ctx, pod, p, "adopt", err)
+		k.failed(ctx, pod, m.pod, "adopt", err)
 		k.queue.AddRateLimited(uid)
 	}
 	k.mu.Lock()
 	k.pods[uid], k.snapshot[uid] = m, m
 	k.mu.Unlock()
+	k.write(m)
 	k.queue.Add(uid)
 	return true
+}
+
+// adoptRecorded takes over the captured pods that can be known for sure
+// without the API server: by the record of the agent before, and by what a
+// ztunnel says that it serves. The others stay blocked, as the programs in
+// the kernel hold them, and nothing is removed.
+func (k *keeper) adoptRecorded(ctx context.Context, c capturer, held map[string]handoff.Entry) error {
+	uids, err := c.pinned()
+	if err != nil {
+		return err
+	}
+	adopted := 0
+	for _, uid := range uids {
+		done, err := k.turns.take(ctx, uid)
+		if err != nil {
+			return err
+		}
+		if err := k.adoptFromRecord(ctx, c, uid, held); err == nil {
+			adopted++
+		} else {
+			k.log.Warn("a captured pod stays blocked until the API server says who it is", "uid", uid, "error", err)
+		}
+		done()
+	}
+	k.log.Warn("the API server does not answer; captured pods are served by what was written down of them", "pods", adopted, "blocked", len(uids)-adopted)
+	return nil
+}
+
+// adoptFromRecord takes over one pod without the API server. The caller has
+// the pod's turn.
+func (k *keeper) adoptFromRecord(ctx context.Context, c capturer, uid string, held map[string]handoff.Entry) error {
+	if k.member(uid) != nil {
+		return nil
+	}
+	rec, err := k.records.load(uid)
+	if err != nil {
+		return err
+	}
+	if h, ok := held[uid]; ok && (h.Pod.Namespace != rec.Pod.Namespace || h.Pod.ServiceAccount != rec.Pod.ServiceAccount) {
+		return fmt.Errorf("ztunnel serves it as %s/%s and its record says %s/%s", h.Pod.Namespace, h.Pod.ServiceAccount, rec.Pod.Namespace, rec.Pod.ServiceAccount)
+	}
+	s, err := k.sandboxOf(rec)
+	if err != nil {
+		return err
+	}
+	k.excuse(uid)
+	m := &member{pod: rec.Pod, sandbox: s, kubelet: rec.Kubelet, container: rec.Container, dns: rec.DNS}
+	if !k.takeOver(ctx, c, nil, m, heldFiles(held, uid)) {
+		return errors.New("it could not be taken over; see the line before")
+	}
+	return nil
 }

@@ -9,12 +9,14 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/cache"
 
@@ -48,6 +50,8 @@ type Config struct {
 	HandoffSocket string // where ztunnel connects
 	CNISocket     string // where the CNI plugin connects, seen from here
 	LockFile      string // held by the one agent that works
+	RecordsDir    string // where captured pods are written down, on a file system that a boot empties
+	Pod           string // this agent's own pod; empty if it runs in none
 
 	CNIConfDir     string // the runtime's network configuration, seen from here
 	CNIBinDir      string // the runtime's plugins, seen from here
@@ -60,8 +64,16 @@ type Config struct {
 	// LeaveGrace is how long a pod that leaves is still captured after its
 	// peers were told, so that none meets a closed door.
 	LeaveGrace time.Duration
-	// Existing is ExistingKeep or ExistingReset.
+	// Existing is ExistingKeep or ExistingReset: for running pods that do not
+	// say themselves, nor their namespace.
 	Existing string
+	// Uncaptured is UncapturedCapture, UncapturedReport or UncapturedRestart.
+	Uncaptured string
+	// DNS captures the DNS requests of pods that do not forbid it.
+	DNS bool
+	// StartupTaints are the keys of the taints that the agent takes off its
+	// node when it is ready. None is none.
+	StartupTaints []string
 }
 
 // Defaults returns the configuration of an agent in the DaemonSet of the chart.
@@ -72,9 +84,10 @@ func Defaults() Config {
 		Address:  ":15022",
 		ProcRoot: "/host/proc", NetnsDir: "/var/run/netns", BPFRoot: "/sys/fs/bpf/weft/v1",
 		HandoffSocket: "/var/run/weft/handoff.sock", CNISocket: "/var/run/weft/cni.sock", LockFile: "/var/run/weft/agent.lock",
+		RecordsDir: "/var/run/weft/pods",
 		CNIConfDir: "/host/etc/cni/net.d", CNIBinDir: "/host/opt/cni/bin", CNIPlugin: "/bin/weft-cni",
 		CNIAgentSocket: "/var/run/weft/cni.sock",
-		LeaveGrace:     2 * time.Second, Existing: ExistingKeep,
+		LeaveGrace:     2 * time.Second, Existing: ExistingKeep, Uncaptured: UncapturedCapture,
 	}
 }
 
@@ -85,7 +98,7 @@ func (c Config) Validate() error {
 		{"the node's name (NODE_NAME)", c.Node}, {"the namespace of Weft (POD_NAMESPACE)", c.Namespace}, {"the DaemonSet's name", c.DaemonSet},
 		{"the address to serve on", c.Address}, {"the host's /proc", c.ProcRoot}, {"the directory of network namespaces", c.NetnsDir},
 		{"the directory for BPF pins", c.BPFRoot}, {"the handoff socket", c.HandoffSocket}, {"the CNI socket", c.CNISocket},
-		{"the lock file", c.LockFile}, {"the CNI configuration directory", c.CNIConfDir}, {"the CNI plugin directory", c.CNIBinDir},
+		{"the lock file", c.LockFile}, {"the directory for records of pods", c.RecordsDir}, {"the CNI configuration directory", c.CNIConfDir}, {"the CNI plugin directory", c.CNIBinDir},
 		{"the CNI plugin", c.CNIPlugin}, {"the CNI socket on the host", c.CNIAgentSocket},
 	} {
 		if f.value == "" {
@@ -97,6 +110,14 @@ func (c Config) Validate() error {
 	}
 	if c.Existing != ExistingKeep && c.Existing != ExistingReset {
 		errs = append(errs, fmt.Errorf("what becomes of existing connections is %q: want %s or %s", c.Existing, ExistingKeep, ExistingReset))
+	}
+	if !slices.Contains([]string{UncapturedCapture, UncapturedReport, UncapturedRestart}, c.Uncaptured) {
+		errs = append(errs, fmt.Errorf("what becomes of pods that run uncaptured is %q: want %s, %s or %s", c.Uncaptured, UncapturedCapture, UncapturedReport, UncapturedRestart))
+	}
+	for _, key := range c.StartupTaints {
+		if key == "" || strings.ContainsAny(key, " ,:=") {
+			errs = append(errs, fmt.Errorf("startup taint %q: want the key of a taint, such as %s", key, StartupTaint))
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -119,13 +140,19 @@ type Agent struct {
 	installer *cni.Installer
 	holds     *holds
 	adopted   chan struct{} // closed when the pods of the agent before are taken over
+	adoptOnce sync.Once
 	ended     chan struct{} // closed when it serves ztunnel no more
+	release   chan struct{} // closed when its pod was asked to let the node's pods go
+	relOnce   sync.Once
+	begun     chan struct{} // closed when the kernel can capture pods
 	gone      atomic.Bool   // the DaemonSet was seen to be removed
+	ending    atomic.Bool   // its namespace was seen to be deleted
 	opened    []io.Closer   // what begin has opened; closed when the workers are done
 
 	mu      sync.Mutex
 	stage   string // what the agent waits for, and what to do; empty when it works
 	standby bool
+	freed   bool // the node's pods were let go because its pod was asked to
 	capture CaptureStatus
 }
 
@@ -141,6 +168,7 @@ func New(cfg Config, client kubernetes.Interface, reg *prometheus.Registry, log 
 	}
 	a := &Agent{
 		cfg: cfg, log: log, registry: reg, kube: k, holds: newHolds(), adopted: make(chan struct{}), ended: make(chan struct{}),
+		release: make(chan struct{}), begun: make(chan struct{}),
 		stage: "the agent is starting", capture: CaptureStatus{Design: "none", Why: "the kernel has not been asked yet"},
 		installer: cni.NewInstaller(cni.InstallerConfig{
 			ConfDir: cfg.CNIConfDir, BinDir: cfg.CNIBinDir, Source: cfg.CNIPlugin, Log: log,
@@ -160,6 +188,7 @@ func New(cfg Config, client kubernetes.Interface, reg *prometheus.Registry, log 
 	})
 	a.keeper = newKeeper(k, a.handoff, nil, newMetrics(reg), log)
 	a.keeper.excluded, a.keeper.leaveGrace = cfg.excluded(), cfg.LeaveGrace
+	a.keeper.existing, a.keeper.uncaptured, a.keeper.dns = cfg.Existing, cfg.Uncaptured, cfg.DNS
 	a.gauges(reg)
 	return a, nil
 }
@@ -176,7 +205,10 @@ func (a *Agent) Run(ctx context.Context) error {
 	// What serves goes on while pods leave after the end of ctx.
 	work, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
-	if err := a.followDaemonSet(); err != nil {
+	if a.keeper.records, err = openRecords(a.cfg.RecordsDir, a.cfg.ProcRoot); err != nil {
+		return err
+	}
+	if err := a.followEnd(); err != nil {
 		return err
 	}
 	return run.All(work,
@@ -227,7 +259,20 @@ func (a *Agent) lead(life, work context.Context) error {
 		a.keeper.run, a.watchZtunnel, a.begin,
 		func(ctx context.Context) error {
 			select {
+			case <-a.begun:
 			case <-ctx.Done():
+				return nil
+			}
+			return a.untaint(ctx)
+		},
+		func(ctx context.Context) error {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-a.release:
+				stopInstall()
+				<-installed
+				a.letGo(ctx, life)
 				return nil
 			case <-life.Done():
 			}
@@ -240,6 +285,34 @@ func (a *Agent) lead(life, work context.Context) error {
 			return a.uninstall(ctx)
 		},
 	)
+}
+
+// letGo takes the node out of the mesh because its pod was asked to, and
+// waits for the end of life.
+func (a *Agent) letGo(ctx, life context.Context) {
+	for a.log.Info("asked to let the pods of this node go", "annotation", releaseAnnotation); ; {
+		err := a.uninstall(ctx)
+		a.mu.Lock()
+		a.freed = err == nil
+		a.stage = ""
+		if err != nil {
+			a.stage = err.Error()
+		}
+		a.mu.Unlock()
+		again := time.After(mendInterval)
+		if err == nil {
+			again = nil
+		} else {
+			a.log.Error("the node could not be released; it is tried again", "error", err)
+		}
+		select {
+		case <-life.Done():
+			return
+		case <-ctx.Done():
+			return
+		case <-again:
+		}
+	}
 }
 
 // watchZtunnel wakes pods that may have waited for ztunnel.
@@ -265,14 +338,13 @@ func (a *Agent) begin(ctx context.Context) error {
 	if !ok {
 		return nil
 	}
+	a.keeper.resetOnly = !features.Keep
+	close(a.begun)
 	a.enter("waiting for the first answer of the API server")
-	if !cache.WaitForCacheSync(ctx.Done(), a.kube.pods.HasSynced, a.kube.namespaces.HasSynced, a.kube.daemonSets.HasSynced) {
-		return nil
-	}
-	if a.cfg.Existing == ExistingReset || !features.Keep {
-		a.keeper.existing = capture.Reset
-	}
-	for !a.work(ctx) {
+	wait, cancel := context.WithTimeout(ctx, apiPatience)
+	cache.WaitForCacheSync(wait.Done(), a.kube.synced)
+	cancel()
+	for ctx.Err() == nil && !a.work(ctx) {
 		select {
 		case <-ctx.Done():
 			return nil
@@ -283,10 +355,17 @@ func (a *Agent) begin(ctx context.Context) error {
 	return nil
 }
 
+// apiPatience is how long an agent that starts waits for the API server before
+// it goes by what the agent before has written down.
+const apiPatience = 5 * time.Second
+
 // work opens the capture, takes over the pods of the agent before and lets the
 // workers go. It reports whether that worked; if not, the status says why.
 func (a *Agent) work(ctx context.Context) bool {
 	c, err := a.open()
+	if err == nil && !a.kube.synced() {
+		err = a.workBlind(ctx, c)
+	}
 	if err == nil {
 		a.enter("taking over the pods of the agent before")
 		err = a.keeper.adopt(ctx, c, a.holds.wait(ctx, holdWait))
@@ -306,11 +385,27 @@ func (a *Agent) work(ctx context.Context) bool {
 	}
 	a.holds.close()
 	a.keeper.enable(c)
-	close(a.adopted)
+	a.handOver()
 	a.enter("")
 	a.log.Info("the node agent works", "node", a.cfg.Node, "version", a.cfg.Version)
 	return true
 }
+
+// workBlind serves the captured pods that can be known without the API server,
+// until that answers.
+func (a *Agent) workBlind(ctx context.Context, c capturer) error {
+	if err := a.keeper.adoptRecorded(ctx, c, a.holds.wait(ctx, holdWait)); err != nil {
+		return err
+	}
+	a.keeper.enable(c)
+	a.handOver()
+	a.enter("the API server does not answer: captured pods are served by what was written down of them, pods whose record does not hold any more stay blocked, and no pod can join or start in the mesh")
+	cache.WaitForCacheSync(ctx.Done(), a.kube.synced)
+	return ctx.Err()
+}
+
+// handOver lets ztunnels have the pods that were taken over.
+func (a *Agent) handOver() { a.adoptOnce.Do(func() { close(a.adopted) }) }
 
 // open opens the capture. close closes it again.
 func (a *Agent) open() (capturer, error) {
@@ -371,21 +466,37 @@ func (a *Agent) enter(stage string) {
 	a.stage = stage
 }
 
-// followDaemonSet remembers whether the agent's DaemonSet exists, for the time
-// when the API server will not tell any more.
-func (a *Agent) followDaemonSet() error {
+// followEnd remembers whether the agent's DaemonSet and namespace exist, for
+// the time when the API server will not tell any more, and watches its own pod
+// for the wish that it lets the node's pods go.
+func (a *Agent) followEnd() error {
 	see := func(obj any) {
-		if ds, ok := obj.(*appsv1.DaemonSet); ok {
-			a.gone.Store(ds.DeletionTimestamp != nil)
+		switch o := obj.(type) {
+		case *appsv1.DaemonSet:
+			a.gone.Store(o.DeletionTimestamp != nil)
+		case *corev1.Namespace:
+			if o.Name == a.cfg.Namespace && o.DeletionTimestamp != nil {
+				a.ending.Store(true)
+			}
+		case *corev1.Pod:
+			if a.cfg.Pod != "" && o.Name == a.cfg.Pod && o.Namespace == a.cfg.Namespace && o.Annotations[releaseAnnotation] == "true" {
+				a.relOnce.Do(func() { close(a.release) })
+			}
 		}
 	}
-	_, err := a.kube.daemonSets.AddEventHandler(cache.ResourceEventHandlerFuncs{
-		AddFunc:    see,
-		UpdateFunc: func(_, obj any) { see(obj) },
-		DeleteFunc: func(any) { a.gone.Store(true) },
-	})
-	if err != nil {
-		return fmt.Errorf("follow the DaemonSet: %v", err)
+	for what, inf := range map[string]cache.SharedIndexInformer{"the DaemonSet": a.kube.daemonSets, "namespaces": a.kube.namespaces, "pods": a.kube.pods} {
+		_, err := inf.AddEventHandler(cache.ResourceEventHandlerFuncs{
+			AddFunc:    see,
+			UpdateFunc: func(_, obj any) { see(obj) },
+			DeleteFunc: func(obj any) {
+				if inf == a.kube.daemonSets {
+					a.gone.Store(true)
+				}
+			},
+		})
+		if err != nil {
+			return fmt.Errorf("follow %s: %v", what, err)
+		}
 	}
 	return nil
 }
@@ -397,7 +508,7 @@ func (a *Agent) uninstalled(ctx context.Context) bool {
 	if err == nil {
 		return gone
 	}
-	seen := a.gone.Load()
+	seen := a.gone.Load() || a.ending.Load()
 	a.log.Warn("the API server does not tell whether Weft is being uninstalled; going by what was seen last", "uninstalled", seen, "error", err)
 	return seen
 }
@@ -413,7 +524,7 @@ func (a *Agent) uninstall(ctx context.Context) error {
 	defer cancel()
 	errs := []error{a.installer.Remove(), a.keeper.leaveAll(ctx)}
 	if a.keeper.count() == 0 {
-		errs = append(errs, os.RemoveAll(a.cfg.BPFRoot))
+		errs = append(errs, os.RemoveAll(a.cfg.BPFRoot), os.RemoveAll(a.cfg.RecordsDir))
 		_ = os.Remove(filepath.Dir(a.cfg.BPFRoot)) // unless another version has something there
 	}
 	if err := errors.Join(errs...); err != nil {

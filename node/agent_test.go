@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -131,6 +132,7 @@ func newSite(t *testing.T) *site {
 	cfg.Node, cfg.Address, cfg.LeaveGrace = "n1", "127.0.0.1:0", 10*time.Millisecond
 	cfg.ProcRoot, cfg.NetnsDir, cfg.BPFRoot = s.host.proc, s.host.named, filepath.Join(testnet.BPFFS(t), "weft", "v1")
 	cfg.HandoffSocket, cfg.CNISocket, cfg.LockFile = filepath.Join(dir, "h.sock"), filepath.Join(dir, "c.sock"), filepath.Join(dir, "lock")
+	cfg.RecordsDir = filepath.Join(dir, "pods")
 	cfg.CNIAgentSocket = cfg.CNISocket
 	cfg.CNIConfDir, cfg.CNIBinDir, cfg.CNIPlugin = filepath.Join(dir, "net.d"), filepath.Join(dir, "bin"), filepath.Join(dir, "plugin")
 	if err := errors.Join(os.Mkdir(cfg.CNIConfDir, 0o755), os.Mkdir(cfg.CNIBinDir, 0o755), os.Mkdir(filepath.Dir(cfg.BPFRoot), 0o755),
@@ -183,10 +185,10 @@ func (s *site) agent() (a *Agent, stop func()) {
 	return a, s.run(a.Run)
 }
 
-func (s *site) ztunnel() {
+func (s *site) ztunnel() (stop func()) {
 	c := handoff.NewClient(handoff.ClientConfig{Path: s.cfg.HandoffSocket, Instance: "z", Handler: s.proxy,
 		Log: slog.New(slog.DiscardHandler), Retry: 5 * time.Millisecond})
-	s.run(c.Run)
+	return s.run(c.Run)
 }
 
 func (s *site) run(f func(context.Context) error) (stop func()) {
@@ -355,6 +357,93 @@ func TestAgentSaysWhatItWaitsFor(t *testing.T) {
 		if !strings.Contains(r.Body.String(), m) {
 			t.Errorf("metrics lack %q", m)
 		}
+	}
+}
+
+// Agent and ztunnel start anew while the API server is away: a captured pod is
+// served by what was written down of it, with listeners of its own.
+func TestAgentWithoutTheAPIServer(t *testing.T) {
+	s := newSite(t)
+	pa, a := s.pod("a", uidA, 10)
+	s.create(a)
+	stopZ := s.ztunnel()
+	first, stop := s.agent()
+	s.label("ambient")
+	s.until("the running pod", func() bool { return slices.Equal(names(first.Status()), []string{"a"}) })
+	stop()
+	stopZ()
+	s.proxy.Del(uidA)
+	var away atomic.Bool
+	away.Store(true)
+	s.client.PrependReactor("list", "*", func(clienttesting.Action) (bool, runtime.Object, error) {
+		return away.Load(), nil, errors.New("connection refused")
+	})
+	s.ztunnel()
+	second, _ := s.agent()
+	s.until("the pod to be handed to ztunnel", func() bool {
+		s.proxy.mu.Lock()
+		defer s.proxy.mu.Unlock()
+		return s.proxy.pods[uidA].Files.Netns != nil && s.proxy.pods[uidA].Pod.ServiceAccount == "sa"
+	})
+	if st := second.Status(); st.Ready || !captured(pa) || !slices.Equal(names(st), []string{"a"}) {
+		t.Errorf("with the API server away: %+v", st)
+	}
+	away.Store(false)
+	s.until("readiness when it is back", func() bool { return second.Status().Ready })
+	if !captured(pa) || !slices.Equal(names(second.Status()), []string{"a"}) {
+		t.Errorf("when it is back: %+v", second.Status())
+	}
+}
+
+// The agent lets a node's pods go when its pod is asked to, and not before.
+func TestAgentIsAskedToRelease(t *testing.T) {
+	s := newSite(t)
+	s.cfg.Pod = "ztunnel-x"
+	pa, a := s.pod("a", uidA, 10)
+	s.create(a)
+	own := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "weft-system", Name: "ztunnel-x", UID: "x", Annotations: map[string]string{releaseAnnotation: "no"}}, Spec: corev1.PodSpec{NodeName: "n1"}}
+	foreign := own.DeepCopy()
+	foreign.Namespace, foreign.UID, foreign.Annotations = "shop", "y", map[string]string{releaseAnnotation: "true"}
+	s.create(own)
+	s.create(foreign)
+	s.ztunnel()
+	agent, _ := s.agent()
+	s.label("ambient")
+	s.until("the running pod", func() bool { st := agent.Status(); return st.Ready && slices.Equal(names(st), []string{"a"}) })
+	own.Annotations = map[string]string{releaseAnnotation: "true"}
+	if _, err := s.client.CoreV1().Pods("weft-system").Update(t.Context(), own, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	s.until("the release", func() bool { st := agent.Status(); return st.Released && st.Ready && len(st.Pods) == 0 })
+	if captured(pa) {
+		t.Error("the kernel still captures the pod")
+	}
+	if b, err := os.ReadFile(filepath.Join(s.cfg.CNIConfDir, "10-net.conflist")); err != nil || string(b) != conflist {
+		t.Errorf("the conflist was not given back: %s %v", b, err)
+	}
+}
+
+// A namespace that is deleted takes the DaemonSet along, in any order.
+func TestDeletedNamespaceIsAnUninstallation(t *testing.T) {
+	s := newSite(t)
+	a, err := New(s.cfg, s.client, prometheus.NewRegistry(), slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ns := namespace("weft-system", "")
+	if _, err := s.client.CoreV1().Namespaces().Create(t.Context(), ns, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if a.uninstalled(t.Context()) {
+		t.Error("nothing is deleted")
+	}
+	now := metav1.Now()
+	ns.DeletionTimestamp, ns.Finalizers = &now, []string{"kubernetes"}
+	if _, err := s.client.CoreV1().Namespaces().Update(t.Context(), ns, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if !a.uninstalled(t.Context()) {
+		t.Error("its namespace is being deleted")
 	}
 }
 

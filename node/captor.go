@@ -12,8 +12,9 @@ import (
 // the real one.
 type capturer interface {
 	// prepare readies a pod, with the listeners in held if it is not nil,
-	// without touching its traffic.
-	prepare(ctx context.Context, uid string, s *sandbox, held *handoff.Files) (captive, error)
+	// without touching its traffic. dns says whether its DNS requests shall be
+	// captured.
+	prepare(ctx context.Context, uid string, s *sandbox, dns bool, held *handoff.Files) (captive, error)
 	// pinned returns the UIDs of the pods that an agent has captured, now or
 	// before a restart.
 	pinned() ([]string, error)
@@ -35,8 +36,8 @@ type captive interface {
 // kernelCapture is package capture as a capturer.
 type kernelCapture struct{ *capture.Capture }
 
-func (c kernelCapture) prepare(ctx context.Context, uid string, s *sandbox, held *handoff.Files) (captive, error) {
-	t := capture.Target{UID: uid, Netns: s.ns, Addrs: s.addrs}
+func (c kernelCapture) prepare(ctx context.Context, uid string, s *sandbox, dns bool, held *handoff.Files) (captive, error) {
+	t := capture.Target{UID: uid, Netns: s.ns, Addrs: s.addrs, DNS: dns}
 	var adopt *capture.Listeners
 	if held != nil {
 		l := capture.Listeners(held.Listeners)

@@ -26,6 +26,7 @@ func (k *keeper) AddPod(ctx context.Context, r cni.Request) (cni.Response, error
 	}
 	d := decide(pod, labels, k.excluded)
 	if !d.enrol {
+		k.excuse(string(pod.UID)) // it starts outside the mesh rightly
 		return cni.Response{Reason: d.reason}, nil
 	}
 	select {
@@ -52,8 +53,8 @@ func (k *keeper) AddPod(ctx context.Context, r cni.Request) (cni.Response, error
 		k.metrics.failures.WithLabelValues("sandbox").Inc()
 		return cni.Response{}, err
 	}
-	_, reason, err := k.hold(ctx, p, s, r.ContainerID, capture.Mode{New: true})
-	if err != nil {
+	m := &member{pod: p, sandbox: s, kubelet: kubeletUID(p.UID, pod), container: r.ContainerID, dns: k.dns && wantsDNS(pod)}
+	if reason, err := k.hold(ctx, m, capture.Mode{New: true}); err != nil {
 		s.close()
 		k.metrics.failures.WithLabelValues(reason).Inc()
 		k.log.Error("a pod of the mesh does not start; the kubelet tries again", "pod", p.Namespace+"/"+p.Name, "reason", reason, "error", err)

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 
@@ -16,6 +17,17 @@ const (
 
 	capturedAnnotation = "ambient.istio.io/redirection"
 	capturedValue      = "enabled"
+
+	// existingAnnotation, on a pod or else on its namespace, says what becomes
+	// of the connections that a running pod has when it joins the mesh:
+	// ExistingKeep or ExistingReset.
+	existingAnnotation = "ambient.weft.dev/existing-connections"
+	// dnsSetting is a label or an annotation of a pod. "false" leaves its DNS
+	// requests alone.
+	dnsSetting = "ambient.istio.io/dns-capture"
+	// releaseAnnotation on the agent's own pod asks it to let every pod of the
+	// node go: "true".
+	releaseAnnotation = "node.weft.dev/release"
 )
 
 // A decision says whether a pod belongs to the mesh, and why in words. The
@@ -50,6 +62,28 @@ func decide(pod *corev1.Pod, namespace map[string]string, excluded []string) dec
 func unknownMode(labels map[string]string) (value string, unknown bool) {
 	v, set := labels[modeLabel]
 	return v, set && v != modeOn && v != modeOff
+}
+
+// existing returns what shall become of the connections of a running pod that
+// joins, given its annotations and those of its namespace: what they do not
+// say is def. A value that has no meaning counts as not set; bad is the first
+// such value.
+func existing(pod, namespace map[string]string, def string) (what, bad string) {
+	for _, m := range []map[string]string{pod, namespace} {
+		switch v := m[existingAnnotation]; v {
+		case ExistingKeep, ExistingReset:
+			return v, bad
+		default:
+			bad = cmp.Or(bad, v)
+		}
+	}
+	return def, bad
+}
+
+// wantsDNS reports whether a pod's DNS requests are to be captured, where the
+// node captures any.
+func wantsDNS(pod *corev1.Pod) bool {
+	return pod.Labels[dnsSetting] != "false" && pod.Annotations[dnsSetting] != "false"
 }
 
 // ended reports whether no process of the pod runs or will run again.

@@ -28,9 +28,20 @@ func (k *keeper) enrolRunning(ctx context.Context, pod *corev1.Pod) (again time.
 	if err != nil {
 		return 0, k.failed(ctx, pod, p, "sandbox", err)
 	}
+	escaped := k.escaped(pod)
+	if escaped {
+		k.foundEscaped(ctx, pod)
+		if k.uncaptured == UncapturedReport {
+			s.close()
+			k.settle(uid, "reported")
+			k.succeeded(uid) // no attempt failed: the status lists it among the escaped
+			return 0, nil
+		}
+	}
 	bound, cancel := context.WithTimeout(ctx, enrolTimeout)
 	defer cancel()
-	m, reason, err := k.hold(bound, p, s, "", capture.Mode{Existing: k.existing})
+	m := &member{pod: p, sandbox: s, kubelet: kubeletUID(uid, pod), dns: k.dns && wantsDNS(pod)}
+	reason, err := k.hold(bound, m, capture.Mode{Existing: k.existingOf(pod)})
 	if err != nil {
 		alive := k.sandboxes.alive(s)
 		s.close()
@@ -42,6 +53,9 @@ func (k *keeper) enrolRunning(ctx context.Context, pod *corev1.Pod) (again time.
 		return 0, k.failed(ctx, pod, p, reason, err)
 	}
 	k.metrics.enrolled(began, "running")
+	if escaped {
+		k.settle(uid, "captured")
+	}
 	k.log.Info("pod is in the mesh", "pod", p.Namespace+"/"+p.Name, "duration", time.Since(began))
 	k.succeeded(uid)
 	if err := k.kube.annotate(ctx, m.pod, true); err != nil {
@@ -50,21 +64,37 @@ func (k *keeper) enrolRunning(ctx context.Context, pod *corev1.Pod) (again time.
 	return 0, nil
 }
 
-// hold captures a pod: the listeners first, then ztunnel serves them, then the
-// traffic is turned to them. On failure nothing is left and the sandbox is
-// still the caller's; reason is one word of why. container is the runtime's
-// name of the sandbox, if it is known. The caller has the pod's turn.
-func (k *keeper) hold(ctx context.Context, p handoff.Pod, s *sandbox, container string, mode capture.Mode) (_ *member, reason string, err error) {
+// existingOf returns what becomes of the connections of a running pod.
+func (k *keeper) existingOf(pod *corev1.Pod) capture.Existing {
+	var namespace map[string]string
+	if ns := k.kube.namespace(pod.Namespace); ns != nil {
+		namespace = ns.Annotations
+	}
+	what, bad := existing(pod.Annotations, namespace, k.existing)
+	if bad != "" {
+		k.log.Warn(meaninglessExisting(bad), "pod", pod.Namespace+"/"+pod.Name)
+	}
+	if what == ExistingReset || k.resetOnly {
+		return capture.Reset
+	}
+	return capture.Keep
+}
+
+// hold captures the pod of m, which has no captive yet: the listeners first,
+// then ztunnel serves them, then the traffic is turned to them. On failure
+// nothing is left and the sandbox is still the caller's; reason is one word of
+// why. The caller has the pod's turn.
+func (k *keeper) hold(ctx context.Context, m *member, mode capture.Mode) (reason string, err error) {
 	c, err := k.capturer()
 	if err != nil {
-		return nil, "capture", err
+		return "capture", err
 	}
-	k.endDrain(p.UID)
-	captive, err := c.prepare(ctx, p.UID, s, nil)
+	k.endDrain(m.pod.UID)
+	captive, err := c.prepare(ctx, m.pod.UID, m.sandbox, m.dns, nil)
 	if err != nil {
-		return nil, "prepare", err
+		return "prepare", err
 	}
-	m := &member{pod: p, since: time.Now(), captive: captive, sandbox: s, container: container}
+	m.since, m.captive = time.Now(), captive
 	defer func() {
 		if err != nil {
 			k.undo(context.WithoutCancel(ctx), c, m)
@@ -73,20 +103,21 @@ func (k *keeper) hold(ctx context.Context, p handoff.Pod, s *sandbox, container 
 	k.offer(m)
 	files, err := captive.files()
 	if err != nil {
-		return nil, "prepare", err
+		return "prepare", err
 	}
-	err = k.proxy.Add(ctx, p, files)
+	err = k.proxy.Add(ctx, m.pod, files)
 	files.Close()
 	if err != nil {
-		return nil, "ztunnel", err
+		return "ztunnel", err
 	}
 	if err := captive.attach(ctx, mode); err != nil {
-		return nil, "attach", err
+		return "attach", err
 	}
 	k.mu.Lock()
-	k.pods[p.UID] = m
+	k.pods[m.pod.UID] = m
 	k.mu.Unlock()
-	return m, "", nil
+	k.write(m)
+	return "", nil
 }
 
 // undo removes what a failed hold has made.
@@ -153,9 +184,13 @@ func (k *keeper) drop(ctx context.Context, m *member) {
 		// A ztunnel that did not hear of it is told by its next snapshot.
 		k.log.Warn("ztunnel was not told that a pod is gone", "pod", m.pod.Namespace+"/"+m.pod.Name, "error", err)
 	}
+	if err := k.records.remove(m.pod.UID); err != nil {
+		k.log.Warn("the record of a pod that is not captured any more was not removed", "pod", m.pod.Namespace+"/"+m.pod.Name, "error", err)
+	}
 	k.mu.Lock()
 	delete(k.pods, m.pod.UID)
 	k.mu.Unlock()
+	k.excuse(m.pod.UID) // what comes next is not an escape
 	k.succeeded(m.pod.UID)
 }
 

@@ -44,9 +44,13 @@ type keeper struct {
 	kube       *kube
 	proxy      proxy
 	sandboxes  sandboxes
+	records    *records // of captured pods; nil keeps none
 	excluded   []string
 	leaveGrace time.Duration
-	existing   capture.Existing
+	existing   string // ExistingKeep or ExistingReset, where neither pod nor namespace says
+	resetOnly  bool   // the kernel cannot keep connections
+	dns        bool   // DNS requests are captured, unless a pod says otherwise
+	uncaptured string // what to do about pods that run outside the mesh though they belong to it
 	metrics    *metrics
 	log        *slog.Logger
 
@@ -65,6 +69,8 @@ type keeper struct {
 	snapshot map[string]*member // what a ztunnel that connects is given
 	drains   map[string]*drain  // pods that left and have captured connections, by UID
 	unknown  map[string]string  // label values that were warned of, by UID
+	escapes  map[string]*escape // pods that were found outside the mesh, by UID
+	excused  map[string]bool    // pods that may be found there, by UID
 }
 
 // A member is a captured pod. Whoever has the pod's turn may change it; who
@@ -74,7 +80,9 @@ type member struct {
 	since     time.Time
 	captive   captive
 	sandbox   *sandbox
+	kubelet   string    // the UID that the kubelet runs it under
 	container string    // the runtime's name of the sandbox, if CNI told it
+	dns       bool      // its DNS requests are captured
 	unsound   bool      // attaching it failed after a restart, and is to be repeated
 	retracted time.Time // when its annotation was taken away; zero unless it leaves
 }
@@ -99,6 +107,7 @@ func newKeeper(k *kube, p proxy, s sandboxes, m *metrics, log *slog.Logger) *kee
 			workqueue.NewTypedItemExponentialFailureRateLimiter[string](retryMin, retryMax)),
 		pods: map[string]*member{}, failures: map[string]failure{}, snapshot: map[string]*member{},
 		drains: map[string]*drain{}, unknown: map[string]string{}, decided: make(chan struct{}),
+		escapes: map[string]*escape{}, excused: map[string]bool{}, uncaptured: UncapturedCapture,
 	}
 }
 
@@ -151,6 +160,9 @@ func (k *keeper) namespaceChanged(old, obj any) {
 	if v, unknown := unknownMode(ns.Labels); unknown {
 		k.log.Warn(meaningless(v), "namespace", ns.Name)
 	}
+	if _, bad := existing(ns.Annotations, nil, ""); bad != "" {
+		k.log.Warn(meaninglessExisting(bad), "namespace", ns.Name)
+	}
 	for _, p := range k.kube.podsOf(ns.Name) {
 		k.queue.Add(string(p.UID))
 	}
@@ -159,6 +171,11 @@ func (k *keeper) namespaceChanged(old, obj any) {
 // meaningless says what is wrong with a value of the label.
 func meaningless(value string) string {
 	return fmt.Sprintf("label %s=%q has no meaning and counts as not set: want %s or %s", modeLabel, value, modeOn, modeOff)
+}
+
+// meaninglessExisting says what is wrong with a value of the annotation.
+func meaninglessExisting(value string) string {
+	return fmt.Sprintf("annotation %s=%q has no meaning and counts as not set: want %s or %s", existingAnnotation, value, ExistingKeep, ExistingReset)
 }
 
 // warnUnknown tells once of a pod's label value that has no meaning.
@@ -228,7 +245,31 @@ func (k *keeper) reconcile(ctx context.Context, uid string) (again time.Duration
 	}
 	defer done()
 	pod, m := k.kube.pod(uid), k.member(uid)
+	if !k.kube.synced() {
+		return k.blind(ctx, m)
+	}
 	k.warnUnknown(ctx, uid, pod)
+	again, err = k.step(ctx, uid, pod, m)
+	if e := k.replaceEscaped(ctx, pod); err == nil {
+		err = e
+	}
+	return again, err
+}
+
+// blind looks after a captured pod while it is not known what the API server
+// says: it is served until its sandbox is gone.
+func (k *keeper) blind(ctx context.Context, m *member) (again time.Duration, err error) {
+	if m == nil {
+		return 0, nil
+	}
+	if k.sandboxes.alive(m.sandbox) {
+		return watchInterval, nil
+	}
+	return 0, k.release(ctx, m, "its sandbox is gone")
+}
+
+// step takes the next step for a pod. The caller has its turn.
+func (k *keeper) step(ctx context.Context, uid string, pod *corev1.Pod, m *member) (again time.Duration, err error) {
 	if m != nil && m.unsound {
 		if err := m.captive.attach(ctx, capture.Mode{Existing: capture.Keep}); err != nil {
 			return 0, k.failed(ctx, pod, m.pod, "attach", err)
@@ -236,7 +277,7 @@ func (k *keeper) reconcile(ctx context.Context, uid string) (again time.Duration
 		m.unsound = false
 		k.succeeded(uid)
 	}
-	switch step := next(k.situation(pod, m)); step {
+	switch step := next(k.situation(uid, pod, m)); step {
 	case enrol:
 		return k.enrolRunning(ctx, pod)
 	case annotate:
@@ -273,13 +314,16 @@ func (k *keeper) reconcile(ctx context.Context, uid string) (again time.Duration
 }
 
 // situation is what is known of a pod. Both pod and m may be nil.
-func (k *keeper) situation(pod *corev1.Pod, m *member) situation {
+func (k *keeper) situation(uid string, pod *corev1.Pod, m *member) situation {
 	s := situation{captured: m != nil}
 	if m != nil {
 		s.retracted = !m.retracted.IsZero()
 		s.lingered = s.retracted && time.Since(m.retracted) >= k.leaveGrace
 	}
 	if pod == nil || ended(pod) {
+		if pod == nil {
+			k.forgetGone(uid)
+		}
 		// With the agent goes who would watch its sandbox.
 		s.there = s.captured && k.isLeaving()
 		return s
@@ -287,6 +331,9 @@ func (k *keeper) situation(pod *corev1.Pod, m *member) situation {
 	labels, _ := k.kube.labels(pod.Namespace)
 	s.there = true
 	s.wanted = decide(pod, labels, k.excluded).enrol && !k.isLeaving()
+	if !s.wanted {
+		k.excuse(uid) // when it is wanted later, it joins as a running pod
+	}
 	// A pod that is being deleted is not brought in: its sandbox may be gone.
 	s.running = len(addresses(pod)) > 0 && pod.DeletionTimestamp == nil
 	s.annotated = pod.Annotations[capturedAnnotation] == capturedValue

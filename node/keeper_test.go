@@ -45,13 +45,14 @@ type world struct {
 	sandboxes map[string]uint64 // by pod UID: the inode of its namespace
 	dead      map[uint64]bool
 	pins      []string
-	open      int // captives that were not closed
+	open      int                     // captives that were not closed
+	modes     map[string]capture.Mode // how pods were attached last, by UID
 }
 
 func newWorld(t *testing.T, objects ...runtime.Object) *world {
 	w := &world{
 		t: t, client: fake.NewClientset(objects...), log: &bytes.Buffer{},
-		fail: map[string]error{}, block: map[string]chan struct{}{}, sandboxes: map[string]uint64{}, dead: map[uint64]bool{},
+		fail: map[string]error{}, block: map[string]chan struct{}{}, sandboxes: map[string]uint64{}, dead: map[uint64]bool{}, modes: map[string]capture.Mode{},
 	}
 	w.client.PrependReactor("patch", "pods", func(a clienttesting.Action) (bool, runtime.Object, error) {
 		p := a.(clienttesting.PatchAction)
@@ -189,7 +190,7 @@ func (s fakeSandboxes) alive(b *sandbox) bool {
 
 type fakeCapturer struct{ w *world }
 
-func (c fakeCapturer) prepare(_ context.Context, uid string, s *sandbox, held *handoff.Files) (captive, error) {
+func (c fakeCapturer) prepare(_ context.Context, uid string, s *sandbox, dns bool, held *handoff.Files) (captive, error) {
 	entry := "prepare " + uid
 	if held != nil {
 		entry += " with held"
@@ -213,6 +214,7 @@ func (p *fakeCaptive) files() (handoff.Files, error) {
 	return handoff.Files{Netns: f}, err
 }
 func (p *fakeCaptive) attach(_ context.Context, m capture.Mode) error {
+	p.w.set(func() { p.w.modes[p.uid] = m })
 	if m.New {
 		return p.w.note("attach " + p.uid + " new")
 	}

@@ -6,13 +6,16 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	policyv1 "k8s.io/api/policy/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
@@ -37,6 +40,7 @@ func Connect(kubeconfig, version string) (kubernetes.Interface, error) {
 	// A label on a namespace is a patch for each of its pods here, at once.
 	rc.QPS, rc.Burst = 100, 300
 	rc.UserAgent = "weft-node/" + version
+	rc.ContentType = runtime.ContentTypeProtobuf // a list of pods takes a fraction of the memory of JSON
 	client, err := kubernetes.NewForConfig(rc)
 	if err != nil {
 		return nil, fmt.Errorf("find the API server: %w", err)
@@ -121,19 +125,21 @@ func strip(obj any) (any, error) {
 		return &corev1.Pod{
 			ObjectMeta: metav1.ObjectMeta{
 				Name: o.Name, Namespace: o.Namespace, UID: o.UID, ResourceVersion: o.ResourceVersion,
-				DeletionTimestamp: o.DeletionTimestamp, Labels: only(o.Labels, modeLabel),
-				Annotations: only(o.Annotations, capturedAnnotation, mirrorAnnotation),
+				CreationTimestamp: o.CreationTimestamp, DeletionTimestamp: o.DeletionTimestamp, Labels: only(o.Labels, modeLabel, dnsSetting),
+				Annotations: only(o.Annotations, capturedAnnotation, mirrorAnnotation, existingAnnotation, dnsSetting, releaseAnnotation),
 			},
 			Spec:   corev1.PodSpec{NodeName: o.Spec.NodeName, HostNetwork: o.Spec.HostNetwork, ServiceAccountName: o.Spec.ServiceAccountName},
 			Status: corev1.PodStatus{Phase: o.Status.Phase, PodIP: o.Status.PodIP, PodIPs: o.Status.PodIPs},
 		}, nil
 	case *corev1.Namespace:
 		return &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
-			Name: o.Name, UID: o.UID, ResourceVersion: o.ResourceVersion, Labels: only(o.Labels, modeLabel),
+			Name: o.Name, UID: o.UID, ResourceVersion: o.ResourceVersion, DeletionTimestamp: o.DeletionTimestamp,
+			Labels: only(o.Labels, modeLabel), Annotations: only(o.Annotations, existingAnnotation),
 		}}, nil
 	case *appsv1.DaemonSet:
 		return &appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{
-			Name: o.Name, Namespace: o.Namespace, UID: o.UID, ResourceVersion: o.ResourceVersion, DeletionTimestamp: o.DeletionTimestamp,
+			Name: o.Name, Namespace: o.Namespace, UID: o.UID, ResourceVersion: o.ResourceVersion,
+			CreationTimestamp: o.CreationTimestamp, DeletionTimestamp: o.DeletionTimestamp,
 		}}, nil
 	}
 	return obj, nil
@@ -196,15 +202,35 @@ func (k *kube) podsOf(namespace string) []*corev1.Pod {
 
 // labels returns the labels of a namespace as last seen.
 func (k *kube) labels(namespace string) (labels map[string]string, known bool) {
-	obj, ok, err := k.namespaces.GetIndexer().GetByKey(namespace)
-	if err != nil || !ok {
-		return nil, false
-	}
-	ns, ok := obj.(*corev1.Namespace)
-	if !ok {
+	ns := k.namespace(namespace)
+	if ns == nil {
 		return nil, false
 	}
 	return ns.Labels, true
+}
+
+// namespace returns a namespace as last seen, or nil.
+func (k *kube) namespace(name string) *corev1.Namespace {
+	obj, ok, err := k.namespaces.GetIndexer().GetByKey(name)
+	if err != nil || !ok {
+		return nil
+	}
+	ns, _ := obj.(*corev1.Namespace)
+	return ns
+}
+
+// installed returns when Weft was installed, by the age of its DaemonSet. It
+// is zero if that is not known.
+func (k *kube) installed() time.Time {
+	obj, ok, err := k.daemonSets.GetIndexer().GetByKey(k.system + "/" + k.daemonSet)
+	if err != nil || !ok {
+		return time.Time{}
+	}
+	ds, ok := obj.(*appsv1.DaemonSet)
+	if !ok {
+		return time.Time{}
+	}
+	return ds.CreationTimestamp.Time
 }
 
 // How long a look at the API server may take while a pod waits to start, and
@@ -310,8 +336,65 @@ func (k *kube) warn(ctx context.Context, p *corev1.Pod, reason, message string) 
 	return err
 }
 
-// uninstalled reports whether Weft's DaemonSet is gone or going, asking the
-// API server itself.
+// evict asks Kubernetes to end a pod, so that its controller makes another. A
+// pod without a controller, and one that the kubelet runs from a file, would
+// not come back: they are left alone, and evicted is false.
+func (k *kube) evict(ctx context.Context, p *corev1.Pod) (evicted bool, err error) {
+	ask, cancel := context.WithTimeout(ctx, liveTimeout)
+	defer cancel()
+	live, err := k.client.CoreV1().Pods(p.Namespace).Get(ask, p.Name, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return true, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("look up pod %s/%s: %w", p.Namespace, p.Name, err)
+	}
+	if live.UID != p.UID || live.DeletionTimestamp != nil {
+		return true, nil
+	}
+	if metav1.GetControllerOf(live) == nil || live.Annotations[mirrorAnnotation] != "" {
+		return false, nil
+	}
+	err = k.client.PolicyV1().Evictions(p.Namespace).Evict(ask, &policyv1.Eviction{
+		ObjectMeta:    metav1.ObjectMeta{Name: p.Name, Namespace: p.Namespace},
+		DeleteOptions: &metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &p.UID}},
+	})
+	if err == nil || apierrors.IsNotFound(err) || apierrors.IsConflict(err) {
+		return true, nil
+	}
+	return false, fmt.Errorf("evict pod %s/%s: %w", p.Namespace, p.Name, err)
+}
+
+// untaint takes the taints with these keys off the agent's node. It reports
+// how many there were. Another writer in between is an error, and it is to be
+// tried again.
+func (k *kube) untaint(ctx context.Context, keys []string) (removed int, err error) {
+	ask, cancel := context.WithTimeout(ctx, liveTimeout)
+	defer cancel()
+	n, err := k.client.CoreV1().Nodes().Get(ask, k.node, metav1.GetOptions{})
+	if err != nil {
+		return 0, fmt.Errorf("look up node %s: %w", k.node, err)
+	}
+	left := slices.DeleteFunc(slices.Clone(n.Spec.Taints), func(t corev1.Taint) bool { return slices.Contains(keys, t.Key) })
+	removed = len(n.Spec.Taints) - len(left)
+	if removed == 0 {
+		return 0, nil
+	}
+	patch, err := json.Marshal(map[string]any{
+		"metadata": map[string]any{"resourceVersion": n.ResourceVersion}, // a precondition: nobody else's taint is lost
+		"spec":     map[string]any{"taints": left},
+	})
+	if err != nil {
+		return 0, err
+	}
+	if _, err := k.client.CoreV1().Nodes().Patch(ask, k.node, types.MergePatchType, patch, metav1.PatchOptions{}); err != nil {
+		return 0, fmt.Errorf("take the startup taint off node %s: %w", k.node, err)
+	}
+	return removed, nil
+}
+
+// uninstalled reports whether Weft's DaemonSet is gone or going, or the
+// namespace that it is in, asking the API server itself.
 func (k *kube) uninstalled(ctx context.Context) (bool, error) {
 	ask, cancel := context.WithTimeout(ctx, liveTimeout)
 	defer cancel()
@@ -322,7 +405,18 @@ func (k *kube) uninstalled(ctx context.Context) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("look up DaemonSet %s/%s: %w", k.system, k.daemonSet, err)
 	}
-	return ds.DeletionTimestamp != nil, nil
+	if ds.DeletionTimestamp != nil {
+		return true, nil
+	}
+	// What is in a namespace that is deleted goes in any order.
+	ns, err := k.client.CoreV1().Namespaces().Get(ask, k.system, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return false, nil // there is a DaemonSet in it
+	}
+	if err != nil {
+		return false, fmt.Errorf("look up namespace %s: %w", k.system, err)
+	}
+	return ns.DeletionTimestamp != nil, nil
 }
 
 // kubeletUID returns the UID under which the kubelet runs a pod, given its UID

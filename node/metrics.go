@@ -10,6 +10,7 @@ import (
 type metrics struct {
 	failures *prometheus.CounterVec
 	waits    prometheus.Counter
+	escapes  *prometheus.CounterVec
 	duration *prometheus.HistogramVec
 }
 
@@ -25,13 +26,17 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			Name: "weft_node_sandbox_waits_total",
 			Help: "Times that a pod had an address and its sandbox was not found yet.",
 		}),
+		escapes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "weft_node_uncaptured_pods_total",
+			Help: "Pods that were found running outside the mesh though they belong to it, by what is done about them: capture, report or restart.",
+		}, []string{"action"}),
 		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name:    "weft_node_enrol_duration_seconds",
 			Help:    "Time to capture a pod, by way: cni is a pod that starts, running one that runs.",
 			Buckets: []float64{.005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10},
 		}, []string{"way"}),
 	}
-	reg.MustRegister(m.failures, m.waits, m.duration)
+	reg.MustRegister(m.failures, m.waits, m.duration, m.escapes)
 	return m
 }
 

@@ -29,6 +29,12 @@ type Status struct {
 	Ztunnels int              `json:"ztunnels"` // connected
 	Pods     []PodStatus      `json:"pods"`     // captured, by name
 	Failures []PodFailure     `json:"failures,omitempty"`
+	// Uncaptured are pods that were found running outside the mesh though they
+	// belong to it, until they are gone.
+	Uncaptured []PodUncaptured `json:"uncaptured,omitempty"`
+	// Released is set when the agent was asked to let every pod of the node go,
+	// and has.
+	Released bool `json:"released,omitempty"`
 }
 
 // CaptureStatus says how pods are captured on the node, and why that way.
@@ -55,22 +61,33 @@ type PodFailure struct {
 	Times  int       `json:"times"`
 }
 
+// A PodUncaptured is a pod that ran outside the mesh though it belongs to it.
+type PodUncaptured struct {
+	Pod  string    `json:"pod"`
+	Seen time.Time `json:"seen"`
+	// Done is what has become of it: "captured" or "restarted"; "reported" if it
+	// still runs outside, "found" if it could not be captured yet.
+	Done string `json:"done"`
+}
+
 // Status returns how the agent stands now.
 func (a *Agent) Status() Status {
 	a.mu.Lock()
 	s := Status{Node: a.cfg.Node, Version: a.cfg.Version, Standby: a.standby, Capture: a.capture}
 	stage := a.stage
+	s.Released = a.freed
 	a.mu.Unlock()
 	s.CNI = a.installer.State()
 	s.Ztunnels, _ = a.handoff.Connected()
 	s.Pods, s.Failures = a.keeper.status()
+	s.Uncaptured = a.keeper.uncapturedPods()
 	if stage != "" {
 		s.Problems = append(s.Problems, stage)
 	}
 	if !a.kube.synced() {
 		s.Problems = append(s.Problems, "the API server has not been read yet; is it reachable from this pod, and may service account ztunnel list pods, namespaces and its DaemonSet?")
 	}
-	if !s.Standby {
+	if !s.Standby && !s.Released {
 		if !s.CNI.Installed {
 			s.Problems = append(s.Problems, cmp.Or(s.CNI.Message, "the CNI plugin is not installed yet"))
 		}
@@ -101,6 +118,18 @@ func (k *keeper) status() ([]PodStatus, []PodFailure) {
 	}
 	slices.SortFunc(failures, func(a, b PodFailure) int { return strings.Compare(a.Pod, b.Pod) })
 	return pods, failures
+}
+
+// uncapturedPods returns the pods that were found outside the mesh, by name.
+func (k *keeper) uncapturedPods() []PodUncaptured {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var out []PodUncaptured
+	for _, e := range k.escapes {
+		out = append(out, PodUncaptured{Pod: e.pod, Seen: e.seen, Done: e.done})
+	}
+	slices.SortFunc(out, func(a, b PodUncaptured) int { return strings.Compare(a.Pod, b.Pod) })
+	return out
 }
 
 // handler serves health, metrics and status.
@@ -137,6 +166,15 @@ func (a *Agent) gauges(reg prometheus.Registerer) {
 	gauge("weft_node_pods_failing", "Pods of this node that are not where they belong.", func() float64 {
 		_, failures := a.keeper.status()
 		return float64(len(failures))
+	})
+	gauge("weft_node_pods_uncaptured", "Pods of this node that belong to the mesh and were found running outside it, and still do.", func() float64 {
+		n := 0
+		for _, e := range a.keeper.uncapturedPods() {
+			if e.Done == "found" || e.Done == "reported" {
+				n++
+			}
+		}
+		return float64(n)
 	})
 	gauge("weft_node_cni_installed", "1 if the CNI plugin is in the node's chain.", func() float64 { return yes(a.installer.State().Installed) })
 	gauge("weft_node_ztunnels_connected", "Connected ztunnels: 1, or 2 in an update.", func() float64 {

@@ -59,12 +59,17 @@ func parse(args []string, getenv func(string) string, out io.Writer) (config, er
 	fs.StringVar(&a.CNISocket, "cni-socket", a.CNISocket, "socket that the CNI plugin connects to")
 	fs.StringVar(&a.CNIAgentSocket, "cni-socket-on-host", a.CNIAgentSocket, "that socket as the host sees it")
 	fs.StringVar(&a.LockFile, "lock-file", a.LockFile, "file that the one agent that works on a node holds")
+	fs.StringVar(&a.RecordsDir, "records-dir", a.RecordsDir, "directory where captured pods are written down, for a start without the API server; on a file system that a boot empties")
+	fs.StringVar(&a.Pod, "pod", getenv("POD_NAME"), "name of this pod; default from POD_NAME")
 	fs.StringVar(&a.CNIConfDir, "cni-conf-dir", a.CNIConfDir, "network configuration of the container runtime")
 	fs.StringVar(&a.CNIBinDir, "cni-bin-dir", a.CNIBinDir, "CNI plugins of the container runtime")
 	fs.StringVar(&a.CNIPlugin, "cni-plugin", a.CNIPlugin, "the plugin to install")
 	fs.DurationVar(&a.LeaveGrace, "leave-grace", a.LeaveGrace, "how long a pod that leaves the mesh is still served as one that is in it")
 	fs.StringVar(&a.Existing, "existing-connections", a.Existing, "what becomes of the connections of a running pod when it is captured: keep or reset")
-	exclude := fs.String("exclude-namespaces", "", "further namespaces, separated by commas, that are never in the mesh")
+	fs.StringVar(&a.Uncaptured, "uncaptured", a.Uncaptured, "what to do about a pod that is found running outside the mesh though it belongs to it: capture, report or restart")
+	fs.BoolVar(&a.DNS, "dns-capture", a.DNS, "let ztunnel answer the DNS requests of captured pods")
+	fs.Func("startup-taints", "keys of taints, separated by commas, that are taken off the node when the agent is ready", list(&a.StartupTaints))
+	fs.Func("exclude-namespaces", "further namespaces, separated by commas, that are never in the mesh", list(&a.ExcludeNamespaces))
 	fs.StringVar(&c.kubeconfig, "kubeconfig", "", "kubeconfig file; default is the pod's service account")
 	fs.StringVar(&c.logFormat, "log-format", "text", "text or json")
 	fs.StringVar(&c.logLevel, "log-level", "info", "debug, info, warn or error")
@@ -74,12 +79,19 @@ func parse(args []string, getenv func(string) string, out io.Writer) (config, er
 	if fs.NArg() > 0 {
 		return config{}, fmt.Errorf("unexpected argument %q", fs.Arg(0))
 	}
-	for ns := range strings.SplitSeq(*exclude, ",") {
-		if ns = strings.TrimSpace(ns); ns != "" {
-			a.ExcludeNamespaces = append(a.ExcludeNamespaces, ns)
-		}
-	}
 	return c, nil
+}
+
+// list adds the words of a flag, which commas separate, to out.
+func list(out *[]string) func(string) error {
+	return func(words string) error {
+		for word := range strings.SplitSeq(words, ",") {
+			if word = strings.TrimSpace(word); word != "" {
+				*out = append(*out, word)
+			}
+		}
+		return nil
+	}
 }
 
 func orDefault(s, def string) string {

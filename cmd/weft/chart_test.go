@@ -56,6 +56,35 @@ func TestRBAC(t *testing.T) {
 	}
 }
 
+// Rights that only some values need come with these values.
+func TestRBACOfValues(t *testing.T) {
+	rights := func(sets ...string) string {
+		var lines []string
+		for _, o := range rendered(t, sets...).objects {
+			if describe(o) != "ClusterRole weft-node-weft-system" {
+				continue
+			}
+			rules, _, _ := unstructured.NestedSlice(o.Object, "rules")
+			for _, r := range rules {
+				lines = append(lines, ruleLines(r.(map[string]any))...)
+			}
+		}
+		slices.Sort(lines)
+		return strings.Join(lines, ", ")
+	}
+	const base = "events create, namespaces get list watch, "
+	const pods = "pods get list watch patch"
+	for _, tc := range []struct{ set, want string }{
+		{"node.startupTaint.enabled=true", base + "nodes get patch, " + pods},
+		{"node.uncaptured=restart", base + pods + ", pods/eviction create"},
+		{"node.uncaptured=report", base + pods},
+	} {
+		if got := rights(tc.set); got != tc.want {
+			t.Errorf("%s: %s, want %s", tc.set, got, tc.want)
+		}
+	}
+}
+
 // ruleLines writes a rule as one line for each resource.
 func ruleLines(rule map[string]any) []string {
 	list := func(key string) []string { l, _, _ := unstructured.NestedStringSlice(rule, key); return l }
@@ -100,6 +129,7 @@ func TestValues(t *testing.T) {
 		{"an update starts the new pod first", nil, []string{"updateStrategy"}, "map[rollingUpdate:map[maxSurge:1 maxUnavailable:0] type:RollingUpdate]"},
 		{"an update strategy replaces ours", []string{"updateStrategy.rollingUpdate.maxUnavailable=1"}, []string{"updateStrategy"}, "map[rollingUpdate:map[maxUnavailable:1]]"},
 		{"no node selector", []string{"nodeSelector=null"}, []string{"template", "spec", "nodeSelector"}, "map[]"},
+		{"startup taints are tolerated, whatever else is", []string{"node.startupTaint.enabled=true", "node.startupTaint.keys={a/b}", "tolerations=null"}, []string{"template", "spec", "tolerations"}, "[map[key:a/b operator:Exists]]"},
 		{"no tolerations", []string{"tolerations=null"}, []string{"template", "spec", "tolerations"}, "<nil>"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
