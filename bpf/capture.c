@@ -88,18 +88,19 @@ enum verdict {
 
 // judge_outbound: may a packet that begins a connection or carries data, sent
 // by sk (or by nobody: a raw socket), leave the pod? The holder of the socket
-// is asked, never a mark: any process with CAP_NET_RAW can set a mark.
+// is asked, never a mark: any process with CAP_NET_RAW can set a mark. Only a
+// connection or an attempt counts: a listener sends nothing, a handshake with
+// it no more than SYN-ACKs, but a raw frame can have their addresses.
 static __always_inline int judge_outbound(const struct packet *p, struct bpf_sock *sk)
 {
 	struct bpf_sock *full = 0;
 	struct flow f = {};
 	struct exemption *k;
 
-	if (sk) {
+	if (sk)
 		full = bpf_sk_fullsock(sk);
-		if (!full)
-			full = bpf_get_listener_sock(sk); /* SYN-ACK with data: a request sock */
-	}
+	if (full && full->state == BPF_TCP_LISTEN)
+		full = 0;
 	if (full && bpf_sk_storage_get(&blessed, full, 0, 0))
 		return GUARD_PASS;
 	flow_from_pod(p, &f);
