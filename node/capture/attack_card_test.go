@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
@@ -57,20 +58,16 @@ func (c *card) record() {
 	var rows []score.Row
 	for name, e := range c.rows {
 		row := score.Row{Name: name, Attempted: score.N(e.attempted), Blocked: score.N(e.stopped)}
+		goal := e.attempted
 		if e.works {
-			row.Blocked, row.Broken = nil, score.N(e.stopped)
+			row.Blocked, row.Broken, goal = nil, score.N(e.stopped), 0
 		}
-		if e.works != (e.stopped == 0) || !e.works && e.stopped != e.attempted {
+		if e.stopped != goal {
 			c.t.Errorf("%s: %d attempts, of which %d were stopped", name, e.attempted, e.stopped)
 		}
 		rows = append(rows, row)
 	}
-	slices.SortFunc(rows, func(a, b score.Row) int {
-		if a.Name < b.Name {
-			return -1
-		}
-		return 1
-	})
+	slices.SortFunc(rows, func(a, b score.Row) int { return strings.Compare(a.Name, b.Name) })
 	if len(rows) == 0 {
 		c.t.Error("nothing was tried")
 	}
