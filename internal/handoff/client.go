@@ -36,6 +36,18 @@ type ClientConfig struct {
 	// DNS says that the handler serves the sockets of DNS4 and DNS6. Without
 	// it, it is never given any.
 	DNS bool
+
+	// Pair names this ztunnel and the others of which only one is to be active,
+	// that is to accept connections. Empty: this one is active, whatever
+	// others are there.
+	Pair string
+	// Standby lets the others of the pair be active first.
+	Standby bool
+	// Activate is called once, when the agent wants this ztunnel to be active,
+	// before it is acknowledged. It must not block for long. Without a Pair it
+	// is never called. Nil does nothing.
+	Activate func()
+
 	Log *slog.Logger
 	// Retry is the pause between two attempts to connect. 0 is 200 ms.
 	Retry time.Duration
@@ -45,6 +57,8 @@ type ClientConfig struct {
 type Client struct {
 	cfg       ClientConfig
 	connected atomic.Bool
+	active    atomic.Bool
+	greeted   bool // the agent was told of this ztunnel once
 	synced    chan struct{}
 	once      sync.Once
 }
@@ -57,6 +71,9 @@ func NewClient(cfg ClientConfig) *Client {
 
 // Synced is closed when the first snapshot is complete.
 func (c *Client) Synced() <-chan struct{} { return c.synced }
+
+// Active reports whether this ztunnel is to accept connections.
+func (c *Client) Active() bool { return c.cfg.Pair == "" || c.active.Load() }
 
 // Connected reports whether the agent is there.
 func (c *Client) Connected() bool { return c.connected.Load() }
@@ -136,9 +153,13 @@ const writeTimeout = 5 * time.Second
 // greet says who this is and what it holds.
 func (c *Client) greet(p *pipe) error {
 	p.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
-	if err := p.send(message{Kind: hello, Version: Version, Instance: c.cfg.Instance, DNS: c.cfg.DNS}, Files{}); err != nil {
+	if err := p.send(message{
+		Kind: hello, Version: Version, Instance: c.cfg.Instance, DNS: c.cfg.DNS,
+		Pair: c.cfg.Pair, Active: c.Active(), Eager: !c.cfg.Standby && !c.greeted,
+	}, Files{}); err != nil {
 		return err
 	}
+	c.greeted = true
 	var err error
 	for _, e := range c.cfg.Handler.Held() {
 		if err == nil {
@@ -152,6 +173,13 @@ func (c *Client) greet(p *pipe) error {
 	}
 	p.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
 	return p.send(message{Kind: holdEnd}, Files{})
+}
+
+// activate makes this ztunnel active.
+func (c *Client) activate() {
+	if c.cfg.Pair != "" && !c.active.Swap(true) && c.cfg.Activate != nil {
+		c.cfg.Activate()
+	}
 }
 
 // handle does what m asks and returns the answer. kept collects the pods of
@@ -175,6 +203,12 @@ func (c *Client) handle(ctx context.Context, m message, f Files, kept map[string
 			return answer, errors.New("the node agent sent a second snapshot")
 		}
 		c.cfg.Handler.SnapshotEnd(kept)
+		if !m.Pairs && !c.cfg.Standby {
+			c.activate() // by an agent of a release that knows of no pairs
+		}
+		return answer, nil
+	case activate:
+		c.activate()
 		return answer, nil
 	case refuse:
 		return answer, fmt.Errorf("the node agent refuses this ztunnel: %s", m.Error)

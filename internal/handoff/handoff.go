@@ -7,6 +7,7 @@
 //
 //	ztunnel → agent   hello, then one hold for each pod that it already serves, then holdEnd
 //	agent → ztunnel   one add for each captured pod, then snapshotEnd; after that add and del as pods come and go
+//	agent → ztunnel   activate, when it is to be the active one of its pair
 //	ztunnel → agent   an ack for each of those
 //
 // The holds let an agent that was restarted adopt the listeners of a ztunnel

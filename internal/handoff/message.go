@@ -10,12 +10,13 @@ import (
 type kind string
 
 const (
-	hello       kind = "hello"       // ztunnel: Version, Instance, DNS
+	hello       kind = "hello"       // ztunnel: Version, Instance, DNS, Pair, Active, Eager
 	hold        kind = "hold"        // ztunnel: Pod and the files that it serves it with
 	holdEnd     kind = "holdEnd"     // ztunnel: all holds are sent
 	ack         kind = "ack"         // ztunnel: Seq of the request, Error if it failed
 	add         kind = "add"         // agent: Pod and files
-	snapshotEnd kind = "snapshotEnd" // agent: every captured pod has been sent
+	snapshotEnd kind = "snapshotEnd" // agent: every captured pod has been sent; Pairs
+	activate    kind = "activate"    // agent: accept connections from now on
 	del         kind = "del"         // agent: UID
 	refuse      kind = "refuse"      // agent: Error; the connection is over
 )
@@ -31,7 +32,11 @@ type message struct {
 	Kind     kind   `json:"kind"`
 	Version  int    `json:"version,omitempty"`
 	Instance string `json:"instance,omitempty"`
-	DNS      bool   `json:"dns,omitempty"` // takes the sockets of DNS4 and DNS6
+	DNS      bool   `json:"dns,omitempty"`    // takes the sockets of DNS4 and DNS6
+	Pair     string `json:"pair,omitempty"`   // one of those with this name is to be active; empty: it is always
+	Active   bool   `json:"active,omitempty"` // it accepts connections already
+	Eager    bool   `json:"eager,omitempty"`  // it is to be the active one if there is none
+	Pairs    bool   `json:"pairs,omitempty"`  // the agent knows of pairs, and says who is active
 	Seq      uint64 `json:"seq,omitempty"`
 	Pod      *Pod   `json:"pod,omitempty"`
 	UID      string `json:"uid,omitempty"`
@@ -81,7 +86,7 @@ func (m message) check() error {
 		return checkFiles(m.Files)
 	case del:
 		return validUID(m.UID)
-	case hello, holdEnd, ack, snapshotEnd, refuse:
+	case hello, holdEnd, ack, snapshotEnd, activate, refuse:
 		return nil
 	}
 	return fmt.Errorf("the kind is not known")

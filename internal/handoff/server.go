@@ -34,6 +34,9 @@ type ServerConfig struct {
 	// nobody.
 	OnHoldEnd func(instance string)
 
+	// ElectWait is how long a ztunnel that stands by waits for the active one
+	// of its pair to connect, before it is made active. 0 is a second.
+	ElectWait time.Duration
 	// AckTimeout is how long ztunnel may take to answer; one that takes longer
 	// is disconnected. 0 is 5 seconds.
 	AckTimeout time.Duration
@@ -130,18 +133,19 @@ func (s *Server) serve(ctx context.Context, c *net.UnixConn) {
 	s.cfg.Log.Info("ztunnel connected", "instance", p.instance)
 
 	p.turn <- struct{}{} // until the snapshot is through, adds and dels wait
-	s.join(p)
+	activated := s.join(p)
 	var wg sync.WaitGroup
+	wg.Go(func() { s.elect(ctx, p) })
 	wg.Go(func() {
 		defer func() { <-p.turn }()
-		if err := s.snapshot(p); err != nil && ctx.Err() == nil {
+		if err := s.snapshot(p, activated); err != nil && ctx.Err() == nil {
 			s.cfg.Log.Error("the pods of this node could not be handed to ztunnel: its connection is closed, it will be told again when it is back", "instance", p.instance, "error", err)
 			c.Close()
 		}
 	})
 	err := p.readAcks()
 	close(p.gone)
-	s.leave(p)
+	s.activate(ctx, s.leave(p)) // before anything else: connections wait for it
 	wg.Wait()
 	if ctx.Err() == nil {
 		s.cfg.Log.Warn("ztunnel disconnected", "instance", p.instance, "error", err)
@@ -160,6 +164,7 @@ func (s *Server) greet(p *proxy) error {
 		return fmt.Errorf("ztunnel begins with %q, want hello", m.Kind)
 	}
 	p.instance, p.dns = m.Instance, m.DNS
+	p.introduce(m)
 	if m.Version != Version {
 		err := fmt.Errorf("ztunnel speaks version %d of the handoff, this agent version %d: run both from one release", m.Version, Version)
 		p.pipe.conn.SetWriteDeadline(time.Now().Add(s.cfg.AckTimeout))
@@ -190,9 +195,15 @@ func (s *Server) greet(p *proxy) error {
 	}
 }
 
-// snapshot sends every pod. One that ztunnel cannot serve is logged and does
-// not keep the others from it. The caller has p.turn.
-func (s *Server) snapshot(p *proxy) error {
+// snapshot sends every pod, and before them, with activated, that the ztunnel
+// is active. A pod that it cannot serve is logged and does not keep the others
+// from it. The caller has p.turn.
+func (s *Server) snapshot(p *proxy, activated bool) error {
+	if activated {
+		if err := p.ask(message{Kind: activate}, Files{}); err != nil {
+			return err
+		}
+	}
 	var entries []Entry
 	if s.cfg.Snapshot != nil {
 		entries = s.cfg.Snapshot()
@@ -212,35 +223,12 @@ func (s *Server) snapshot(p *proxy) error {
 	if broken != nil {
 		return broken
 	}
-	return p.ask(message{Kind: snapshotEnd}, Files{})
-}
-
-// join makes p the newest ztunnel.
-func (s *Server) join(p *proxy) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.proxies = append(s.proxies, p)
-	s.wake()
-}
-
-func (s *Server) leave(p *proxy) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.proxies = slices.DeleteFunc(s.proxies, func(o *proxy) bool { return o == p })
-	s.wake()
+	return p.ask(message{Kind: snapshotEnd, Pairs: true}, Files{})
 }
 
 func (s *Server) wake() {
 	close(s.changed)
 	s.changed = make(chan struct{})
-}
-
-// Connected returns the number of connected ztunnels, and a channel that is
-// closed when it changes.
-func (s *Server) Connected() (int, <-chan struct{}) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.proxies), s.changed
 }
 
 // ServesDNS reports whether the ztunnel to which pods are added takes the
@@ -251,19 +239,10 @@ func (s *Server) ServesDNS() bool {
 	return p != nil && p.dns
 }
 
-// newest returns the ztunnel that connected last, or nil.
-func (s *Server) newest() *proxy {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if len(s.proxies) == 0 {
-		return nil
-	}
-	return s.proxies[len(s.proxies)-1]
-}
-
-// Add hands a pod to the newest ztunnel and returns when it has acknowledged
-// that it serves it. The files stay the caller's. When that ztunnel goes away
-// meanwhile, the next one is asked; with none left, the error is ErrNoProxy.
+// Add hands a pod to the newest active ztunnel and returns when it has
+// acknowledged that it serves it; those that stand by are given it as well.
+// The files stay the caller's. When the active one goes away meanwhile, the
+// next one is asked; with none left, the error is ErrNoProxy.
 func (s *Server) Add(ctx context.Context, pod Pod, f Files) error {
 	if err := pod.Validate(); err != nil {
 		return fmt.Errorf("hand pod to ztunnel: %w", err)
@@ -275,12 +254,13 @@ func (s *Server) Add(ctx context.Context, pod Pod, f Files) error {
 		}
 		err := p.request(ctx, message{Kind: add, Pod: &pod}, f)
 		if errors.Is(err, errDisconnected) && ctx.Err() == nil {
-			s.leave(p) // it is on its way out
+			s.activate(ctx, s.leave(p)) // it is on its way out
 			continue
 		}
 		if err != nil {
 			return fmt.Errorf("hand pod %s/%s to ztunnel: %w", pod.Namespace, pod.Name, err)
 		}
+		s.addPassive(ctx, pod, f, p)
 		return nil
 	}
 }
@@ -315,6 +295,9 @@ var errDisconnected = errors.New("ztunnel disconnected before it answered")
 type proxy struct {
 	instance string
 	dns      bool // takes the sockets for name queries
+	pair     string
+	active   bool // it accepts connections, or is being told to; guarded by Server.mu once it has joined
+	eager    bool // wants to be the active one of its pair
 	timeout  time.Duration
 	acks     chan message
 	gone     chan struct{} // closed when nobody reads its answers any more

@@ -1,0 +1,174 @@
+package handoff
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"time"
+)
+
+// Of the ztunnels of one pair, which are two processes of one pod of the
+// DaemonSet, one is active and accepts connections. The other has been given
+// the same pods and stands by: when the connection of the active one ends, as
+// the kernel makes it the moment that the process dies, the agent activates
+// the one that stands by. A ztunnel that names no pair is always active.
+
+// electWait is how long a ztunnel that stands by waits for an active one of
+// its pair to say that it is there, after it has connected itself. An agent
+// that has just started hears of them in any order.
+const electWait = time.Second
+
+// introduce takes what a hello says of pair and activity.
+func (p *proxy) introduce(m message) {
+	p.pair, p.active, p.eager = m.Pair, m.Active || m.Pair == "", m.Eager
+}
+
+// join makes p the newest ztunnel, and active if it wants to be the active one
+// of its pair and there is none. told reports that p does not know that yet.
+func (s *Server) join(p *proxy) (told bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.proxies = append(s.proxies, p)
+	if p.eager && !p.active && !s.served(p.pair) {
+		p.active, told = true, true
+	}
+	s.wake()
+	return told
+}
+
+// served reports whether a pair has an active ztunnel. s.mu is held.
+func (s *Server) served(pair string) bool {
+	return slices.ContainsFunc(s.proxies, func(p *proxy) bool { return p.active && p.pair == pair })
+}
+
+// leave forgets a ztunnel that is gone. If it was the active one of a pair,
+// the other one is active from then on, and is returned: the caller tells it.
+func (s *Server) leave(p *proxy) (heir *proxy) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := len(s.proxies)
+	s.proxies = slices.DeleteFunc(s.proxies, func(o *proxy) bool { return o == p })
+	if len(s.proxies) == n {
+		return nil
+	}
+	if p.active && p.pair != "" {
+		heir = s.choose(p.pair)
+	}
+	s.wake()
+	return heir
+}
+
+// choose makes the newest ztunnel of a pair active if none is, and returns it.
+// s.mu is held.
+func (s *Server) choose(pair string) *proxy {
+	if s.served(pair) {
+		return nil
+	}
+	for _, p := range slices.Backward(s.proxies) {
+		if p.pair == pair {
+			p.active = true
+			return p
+		}
+	}
+	return nil
+}
+
+// activate tells p that it is active. One that does not answer is gone soon,
+// and then the next is told by whoever sees that.
+func (s *Server) activate(ctx context.Context, p *proxy) {
+	if p == nil || ctx.Err() != nil { // an agent that stops changes nothing
+		return
+	}
+	start := time.Now()
+	if err := p.request(ctx, message{Kind: activate}, Files{}); err != nil {
+		if ctx.Err() == nil {
+			s.cfg.Log.Error("a ztunnel that stood by was not activated", "instance", p.instance, "error", err)
+		}
+		p.pipe.conn.Close()
+		return
+	}
+	s.cfg.Log.Info("ztunnel is active", "instance", p.instance, "after", time.Since(start))
+}
+
+// elect activates p after a while, unless its pair has an active ztunnel.
+func (s *Server) elect(ctx context.Context, p *proxy) {
+	if p.pair == "" {
+		return
+	}
+	wait := time.NewTimer(cmp.Or(s.cfg.ElectWait, electWait))
+	defer wait.Stop()
+	select {
+	case <-ctx.Done():
+		return
+	case <-p.gone:
+		return
+	case <-wait.C:
+	}
+	s.mu.Lock()
+	var heir *proxy
+	if slices.Contains(s.proxies, p) {
+		heir = s.choose(p.pair)
+	}
+	if heir != nil {
+		s.wake()
+	}
+	s.mu.Unlock()
+	s.activate(ctx, heir)
+}
+
+// newest returns the active ztunnel that connected last. With none, it is the
+// one that connected last: it is about to be active. It may be nil.
+func (s *Server) newest() *proxy {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, p := range slices.Backward(s.proxies) {
+		if p.active {
+			return p
+		}
+	}
+	if len(s.proxies) == 0 {
+		return nil
+	}
+	return s.proxies[len(s.proxies)-1]
+}
+
+// passive returns those that stand by, but one.
+func (s *Server) passive(but *proxy) []*proxy {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(s.proxies), func(p *proxy) bool { return p.active || p == but })
+}
+
+// Connected returns the number of active ztunnels that are connected, and a
+// channel that is closed when it, or what Standbys returns, may have changed.
+func (s *Server) Connected() (int, <-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := 0
+	for _, p := range s.proxies {
+		if p.active {
+			n++
+		}
+	}
+	return n, s.changed
+}
+
+// Standbys returns the number of ztunnels that are connected and stand by.
+func (s *Server) Standbys() int { return len(s.passive(nil)) }
+
+// addPassive hands a pod to those that stand by, so that they can serve it at
+// once. One that cannot is logged: it is told again when it connects again.
+func (s *Server) addPassive(ctx context.Context, pod Pod, f Files, served *proxy) {
+	var wg sync.WaitGroup
+	for _, p := range s.passive(served) {
+		wg.Go(func() {
+			err := p.request(ctx, message{Kind: add, Pod: &pod}, f)
+			if err != nil && !errors.Is(err, errDisconnected) && ctx.Err() == nil {
+				s.cfg.Log.Error("the ztunnel that stands by cannot serve a pod", "instance", p.instance, "pod", pod.Name, "namespace", pod.Namespace, "error", err)
+			}
+		})
+	}
+	wg.Wait()
+}

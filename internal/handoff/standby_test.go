@@ -1,0 +1,215 @@
+package handoff
+
+import (
+	"context"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+)
+
+// A twin is a ztunnel of a pair.
+type twin struct {
+	*Client
+	proxy *fakeProxy
+	stop  func()
+}
+
+func startTwin(t *testing.T, path, pair, name string, standby bool) *twin {
+	t.Helper()
+	w := &twin{proxy: newFakeProxy(t)}
+	w.Client = NewClient(ClientConfig{
+		Path: path, Instance: name, Handler: w.proxy, Pair: pair, Standby: standby, Retry: 5 * time.Millisecond,
+		Activate: func() {
+			w.proxy.mu.Lock()
+			defer w.proxy.mu.Unlock()
+			w.proxy.order = append(w.proxy.order, "activate")
+		},
+		Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
+	})
+	w.stop = run(t, w.Run)
+	return w
+}
+
+// synced waits until the twin has its snapshot.
+func (w *twin) synced(t *testing.T) {
+	t.Helper()
+	eventually(t, "the snapshot", func() bool { return slices.Contains(w.proxy.did(), "end") })
+}
+
+func TestStandbyIsActivatedWhenTheActiveOneDies(t *testing.T) {
+	f, _ := testFiles(t)
+	path := filepath.Join(t.TempDir(), "s")
+	s := startServer(t, ServerConfig{Path: path, Snapshot: func() []Entry { return []Entry{{testPod, dup(t, f)}} }})
+	a := startTwin(t, path, "z", "a", false)
+	a.synced(t)
+	if got := a.proxy.did(); !slices.Equal(got, []string{"activate", "add " + testPod.UID, "end"}) {
+		t.Errorf("the first one did %v", got)
+	}
+	b := startTwin(t, path, "z", "b", true)
+	b.synced(t)
+	if n, _ := s.Connected(); n != 1 || s.Standbys() != 1 || b.Active() || !a.Active() {
+		t.Errorf("%d active, %d stand by", n, s.Standbys())
+	}
+
+	other := pod("other")
+	if err := s.Add(t.Context(), other, f); err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range []*twin{a, b} {
+		if _, ok := w.proxy.entry("other"); !ok {
+			t.Errorf("%s was not given the new pod", w.cfg.Instance)
+		}
+	}
+
+	died := time.Now()
+	a.stop()
+	eventually(t, "the standby to be active", b.Active)
+	t.Logf("active %v after the other's death", time.Since(died))
+	if n, _ := s.Connected(); n != 1 {
+		t.Errorf("%d active", n)
+	}
+	// The one that died comes back, and leaves the other alone.
+	c := startTwin(t, path, "z", "c", false)
+	c.synced(t)
+	if c.Active() || s.Standbys() != 1 {
+		t.Errorf("the one that came back is active: %v, %d stand by", c.Active(), s.Standbys())
+	}
+	if err := s.Del(t.Context(), "other"); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Contains(b.proxy.did(), "del other") || !slices.Contains(c.proxy.did(), "del other") {
+		t.Errorf("told: %v and %v", b.proxy.did(), c.proxy.did())
+	}
+	b.stop()
+	eventually(t, "the one that came back to be active", c.Active)
+	if n := count(b.proxy.did(), "activate") + count(c.proxy.did(), "activate"); n != 2 {
+		t.Errorf("%d activations, want one each", n)
+	}
+}
+
+func count(list []string, s string) (n int) {
+	for _, v := range list {
+		if v == s {
+			n++
+		}
+	}
+	return n
+}
+
+// With nobody to wait for, the one that stands by serves.
+func TestLonelyStandbyIsActivated(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	startServer(t, ServerConfig{Path: path, ElectWait: 20 * time.Millisecond})
+	b := startTwin(t, path, "z", "b", true)
+	eventually(t, "the standby to be active", b.Active)
+}
+
+// An agent that has started anew finds out who is active; nobody changes.
+func TestRestartedAgentLeavesTheActiveOneActive(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	first := NewServer(ServerConfig{Path: path, Log: slog.New(slog.DiscardHandler)})
+	stop := run(t, first.Run)
+	a := startTwin(t, path, "z", "a", false)
+	eventually(t, "the first one", a.Active)
+	b := startTwin(t, path, "z", "b", true)
+	b.synced(t)
+	a.stop()
+	eventually(t, "the standby to be active", b.Active)
+	c := startTwin(t, path, "z", "c", false) // eager, and not active
+	c.synced(t)
+	stop()
+	s := startServer(t, ServerConfig{Path: path, ElectWait: 300 * time.Millisecond})
+	eventually(t, "both", func() bool { n, _ := s.Connected(); return n == 1 && s.Standbys() == 1 })
+	if !b.Active() || c.Active() {
+		t.Errorf("active: b %v, c %v", b.Active(), c.Active())
+	}
+}
+
+// In an update the new pod's ztunnel serves beside the old one, and its pods
+// go to it; the pair of the old one stays as it is.
+func TestPairsDoNotMix(t *testing.T) {
+	f, _ := testFiles(t)
+	path := filepath.Join(t.TempDir(), "s")
+	s := startServer(t, ServerConfig{Path: path})
+	var all []*twin
+	for _, pair := range []string{"old", "new"} {
+		for _, standby := range []bool{false, true} {
+			w := startTwin(t, path, pair, pair, standby)
+			w.synced(t)
+			all = append(all, w)
+		}
+	}
+	var active []bool
+	for _, w := range all {
+		active = append(active, w.Active())
+	}
+	if !slices.Equal(active, []bool{true, false, true, false}) {
+		t.Fatalf("active: %v", active)
+	}
+	if err := s.Add(t.Context(), testPod, f); err != nil {
+		t.Fatal(err)
+	}
+	var given []bool
+	for _, w := range all {
+		_, ok := w.proxy.entry(testPod.UID)
+		given = append(given, ok)
+	}
+	if !slices.Equal(given, []bool{false, true, true, true}) {
+		t.Errorf("the pod was given to %v", given)
+	}
+	all[2].stop()
+	eventually(t, "the new pair's other", all[3].Active)
+	if all[1].Active() {
+		t.Error("the old pair's other is active")
+	}
+}
+
+// An agent of a release before pairs sends no activate, and says so: then the
+// one that does not stand by is active, or the node would have none.
+func TestAgentThatKnowsNoPairs(t *testing.T) {
+	for standby, want := range map[bool]bool{false: true, true: false} {
+		c := NewClient(ClientConfig{Pair: "z", Standby: standby, Handler: newFakeProxy(t)})
+		kept := map[string]bool{}
+		if _, err := c.handle(context.Background(), message{Kind: snapshotEnd}, Files{}, kept); err != nil {
+			t.Fatal(err)
+		}
+		if c.Active() != want {
+			t.Errorf("standby %v: active %v", standby, c.Active())
+		}
+		c = NewClient(ClientConfig{Pair: "z", Standby: standby, Handler: newFakeProxy(t)})
+		if _, err := c.handle(context.Background(), message{Kind: snapshotEnd, Pairs: true}, Files{}, kept); err != nil || c.Active() {
+			t.Errorf("standby %v: active without being told, %v", standby, err)
+		}
+	}
+}
+
+// Deaths and returns in quick succession leave one active, and never none.
+func TestPairUnderFire(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	s := startServer(t, ServerConfig{Path: path, ElectWait: 10 * time.Millisecond})
+	twins := []*twin{startTwin(t, path, "z", "a", false), startTwin(t, path, "z", "b", true)}
+	for i := range 40 {
+		for _, w := range twins {
+			w.synced(t)
+		}
+		var wg sync.WaitGroup
+		dead := 0
+		for j, w := range twins {
+			if i%3 == 2 || w.Active() { // both, now and then
+				wg.Go(w.stop)
+				dead |= 1 << j
+			}
+		}
+		wg.Wait()
+		for j, w := range twins {
+			if dead&(1<<j) != 0 {
+				twins[j] = startTwin(t, path, "z", w.cfg.Instance, j == 1)
+			}
+		}
+		eventually(t, "one active and one that stands by", func() bool { n, _ := s.Connected(); return n == 1 && s.Standbys() == 1 })
+		eventually(t, "the word of the agent", func() bool { return twins[0].Active() != twins[1].Active() })
+	}
+}
