@@ -65,7 +65,8 @@ type Tunnel struct {
 	peer   http2.Peer
 	guard  http2.Guard
 	out    []byte
-	fatal  error // set once; nothing is read after it
+	taken  uint64 // bytes of output that the driver has taken
+	fatal  error  // set once; nothing is read after it
 
 	streams   map[uint32]*streamState
 	working   int        // server: requests that were not yet Released
@@ -207,6 +208,11 @@ func (t *Tunnel) Connect(authority string, h Header) (uint32, error) {
 func (t *Tunnel) Full() bool {
 	n := len(t.streams)
 	return n >= t.limits.MaxStreams || uint64(n) >= uint64(t.peer.MaxStreams)
+}
+
+// MaxStreams returns how many streams either end allows at once.
+func (t *Tunnel) MaxStreams() int {
+	return int(min(uint64(t.limits.MaxStreams), uint64(t.peer.MaxStreams)))
 }
 
 // Answer answers a request (server only): 200 opens the connection; any other
@@ -397,18 +403,24 @@ func (t *Tunnel) Output() []byte { return t.out }
 func (t *Tunnel) TakeOutput(spare []byte) []byte {
 	out := t.out
 	t.out = spare[:0]
+	t.taken += uint64(len(out))
 	t.guard.Flushed()
 	return out
 }
 
-// Lend gives the tunnel memory for its output, if it has none. An idle tunnel
-// then needs none of its own: TakeOutput takes it back.
-func (t *Tunnel) Lend(buf []byte) bool {
-	if cap(t.out) > 0 {
-		return false
+// Taken returns how many bytes TakeOutput has returned so far.
+func (t *Tunnel) Taken() uint64 { return t.taken }
+
+// Wants reports whether the tunnel has no memory for its output: then Lend may
+// give it some, so that a driver can share it among many tunnels, and take it
+// back with TakeOutput.
+func (t *Tunnel) Wants() bool { return cap(t.out) == 0 }
+
+// Lend gives the tunnel memory for its output, if it Wants any.
+func (t *Tunnel) Lend(buf []byte) {
+	if t.Wants() {
+		t.out = buf[:0]
 	}
-	t.out = buf[:0]
-	return true
 }
 
 // Shutdown begins a graceful end. A server first warns the peer and names the

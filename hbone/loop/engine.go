@@ -1,0 +1,120 @@
+package loop
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"runtime"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/weft-mesh/weft/hbone"
+)
+
+// A Config says how an Engine works. Every zero field means its default.
+type Config struct {
+	// Loops is how many threads carry connections: a quarter of GOMAXPROCS, and
+	// at least one. There should be more processors than loops.
+	Loops int
+	// MaxUnread bounds the bytes that applications have not read, of all
+	// connections together: 256 MiB. Over it peers are not given more window,
+	// and connections that go on to fill end.
+	MaxUnread int64
+}
+
+// An Engine carries connections through tunnels. It is safe for concurrent use.
+// Use New; nothing moves before Run.
+type Engine struct {
+	loops     []*eventLoop
+	maxUnread int64
+	unread    atomic.Int64
+	next      atomic.Uint32
+	ran       atomic.Bool
+}
+
+// New returns an engine.
+func New(cfg Config) *Engine {
+	if cfg.Loops <= 0 {
+		cfg.Loops = max(1, runtime.GOMAXPROCS(0)/4)
+	}
+	if cfg.MaxUnread <= 0 {
+		cfg.MaxUnread = 256 << 20
+	}
+	e := &Engine{maxUnread: cfg.MaxUnread}
+	for range cfg.Loops {
+		e.loops = append(e.loops, newEventLoop(e))
+	}
+	return e
+}
+
+// Run carries until ctx ends, and then aborts what is left. It may be called
+// once. An error says that the kernel has nothing to wait on.
+func (e *Engine) Run(ctx context.Context) error {
+	if e.ran.Swap(true) {
+		return errors.New("run event loops: they run, or have run, already")
+	}
+	var wg sync.WaitGroup
+	var errs []error
+	for _, l := range e.loops {
+		if err := l.start(); err != nil {
+			errs = append(errs, fmt.Errorf("start event loop: %w", err))
+			l.close()
+			continue
+		}
+		wg.Go(l.run)
+	}
+	if len(errs) == 0 {
+		<-ctx.Done()
+	}
+	for _, l := range e.loops {
+		l.post(work{kind: workStop})
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// Unread returns how many bytes applications have not read.
+func (e *Engine) Unread() int64 { return e.unread.Load() }
+
+// pick returns the loop for a new tunnel.
+func (e *Engine) pick() *eventLoop {
+	return e.loops[int(e.next.Add(1)-1)%len(e.loops)]
+}
+
+// newTunnel takes a secured connection from Go's poller to a loop. over of h is
+// called once for it, unless newTunnel fails.
+func (e *Engine) newTunnel(c *net.TCPConn, s hbone.Secured, client bool, h host) (*tunnel, error) {
+	t := &tunnel{
+		loop: e.pick(), host: h, peer: s.Peer, client: client, proof: s.Ends,
+		remote: addrPort(c.RemoteAddr()), local: addrPort(c.LocalAddr()),
+		conns: make(map[uint32]*Conn),
+	}
+	t.room.Store(int32(h.limits().MaxStreams))
+	if !client {
+		t.requests = make(map[uint32]*Request)
+	}
+	fd, err := Detach(c)
+	if err != nil {
+		return nil, err
+	}
+	t.fd = int32(fd)
+	seal, open, unread := s.Conn.Detach()
+	t.seal, t.open = seal, open
+	if !t.loop.post(work{kind: workTunnel, tunnel: t, unread: unread}) {
+		t.discard()
+		return nil, errStopped
+	}
+	return t, nil
+}
+
+// discard lets go of a tunnel that never began.
+func (t *tunnel) discard() {
+	t.gone.Store(true)
+	_ = unix.Close(int(t.fd)) // nothing was sent
+	t.fd = -1
+	t.seal.Wipe()
+	t.open.Wipe()
+}
