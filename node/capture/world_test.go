@@ -39,10 +39,16 @@ type stage struct {
 
 func newStage(t testing.TB, kind testnet.Kind) *stage {
 	t.Helper()
+	return shapedStage(t, kind, testnet.Shape{})
+}
+
+// shapedStage makes a stage whose pod has the shape.
+func shapedStage(t testing.TB, kind testnet.Kind, shape testnet.Shape) *stage {
+	t.Helper()
 	s := &stage{t: t, world: testnet.New(t)}
 	s.node = s.world.Node("node")
 	s.outside = s.world.Host("outside")
-	s.pod = s.node.Pod("pod", kind)
+	s.pod = s.node.ShapedPod("pod", kind, shape)
 	s.peer = s.node.Pod("peer", kind)
 	s.cfg = Config{
 		BPFRoot:  testnet.BPFFS(t) + "/v1",
@@ -68,9 +74,11 @@ func (s *stage) agent() *Capture {
 func (s *stage) target() Target { return targetOf(s.pod) }
 
 func targetOf(p *testnet.Pod) Target {
-	t := Target{UID: "uid-" + p.Name, Netns: p.NS, Addrs: []netip.Addr{p.V4}}
-	if p.V6.IsValid() {
-		t.Addrs = append(t.Addrs, p.V6)
+	t := Target{UID: "uid-" + p.Name, Netns: p.NS}
+	for _, a := range []netip.Addr{p.V4, p.V6} {
+		if a.IsValid() {
+			t.Addrs = append(t.Addrs, a)
+		}
 	}
 	return t
 }
