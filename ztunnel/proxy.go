@@ -50,6 +50,10 @@ type Config struct {
 	// interfaces: a NetworkPolicy of the CNI does not see them.
 	SameNode bool
 
+	// Standby lets the proxy take pods and warm their certificates, and accept
+	// nothing, until Activate.
+	Standby bool
+
 	Log       *slog.Logger          // required
 	AccessLog io.Writer             // one line for each connection; nil writes none
 	Metrics   prometheus.Registerer // nil exports none
@@ -98,6 +102,7 @@ type Proxy struct {
 	pods    map[string]*pod // by UID: those that are served
 	owners  map[string]*pod // by owner: those and the ones that drain
 	born    uint64          // number of pods ever added
+	active  bool            // connections are accepted
 	stopped bool
 }
 
@@ -109,6 +114,7 @@ func New(cfg Config) *Proxy {
 	cfg.LeaveTimeout = cmp.Or(cfg.LeaveTimeout, time.Hour)
 	p := &Proxy{
 		cfg:       cfg,
+		active:    !cfg.Standby,
 		telemetry: newTelemetry(cfg.Metrics, &accessLog{w: cfg.AccessLog, now: time.Now}),
 		// Each handshake is milliseconds of CPU; a storm of them must not starve
 		// what is established.
@@ -214,9 +220,26 @@ func (p *Proxy) Add(ctx context.Context, info handoff.Pod, f handoff.Files) erro
 		p.leave(old, 0, p.cfg.LeaveTimeout)
 	}
 	p.cfg.Identity.Warm(id)
-	q.start()
+	if p.active {
+		q.start()
+	}
 	p.cfg.Log.Info("serving pod", "pod", info.Name, "namespace", info.Namespace, "identity", id)
 	return nil
+}
+
+// Activate accepts connections of every pod, from now on, if Config.Standby
+// kept the proxy from it. It may be called again.
+func (p *Proxy) Activate() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.active || p.stopped {
+		return
+	}
+	p.active = true
+	for _, q := range p.pods {
+		q.start()
+	}
+	p.cfg.Log.Info("active: accepting the connections of every pod", "pods", len(p.pods))
 }
 
 // Del accepts no more connections of a pod and lets the open ones end.

@@ -27,6 +27,7 @@ type config struct {
 
 	podName, podNamespace, podIP, nodeName string
 
+	standby   bool
 	sameNode  bool
 	accessLog bool
 	drain     time.Duration
@@ -72,6 +73,7 @@ func parseConfig(args []string, env func(string) string) (config, error) {
 	text(&c.nodeName, "node-name", "NODE_NAME", "", "name of this node")
 	yes(&c.sameNode, "same-node", "SAME_NODE", false, "carry connections between two pods of this node without TLS and past the pods' interfaces, after the same authorization; the CNI's NetworkPolicy does not see them")
 	yes(&c.accessLog, "access-log", "ACCESS_LOG", true, "write a line for each connection to the standard output")
+	yes(&c.standby, "standby", "STANDBY", false, "stand by for the other ztunnel of this pod: take pods and certificates, and accept connections when the other one is gone")
 	drain := "20s"
 	text(&drain, "drain", "DRAIN_TIMEOUT", drain, "how long open connections may last after the end was asked for; keep it under the pod's grace period")
 	text(&c.logLevel, "log-level", "LOG_LEVEL", "info", "trace, debug, info, warn or error")
@@ -129,6 +131,14 @@ func (c config) validate() error {
 		bad("log-format is %q: want text or json", c.logFormat)
 	}
 	return errors.Join(errs...)
+}
+
+// instance names this process in logs: two of one pod differ.
+func (c config) instance() string {
+	if c.standby {
+		return c.podName + "/standby"
+	}
+	return c.podName
 }
 
 // serverName is the name that the control service must prove.

@@ -83,12 +83,18 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 	cfg := ztunnel.Config{
 		View: store, Identity: manager, Roots: roots.Roots, TrustDomain: c.trustDomain, Network: c.network, Cluster: c.cluster,
 		SameNode: c.sameNode, Log: log, Metrics: reg, DrainTimeout: c.drain,
+		Standby: true, // until the agent says who of the pair is active
 	}
 	if c.accessLog {
 		cfg.AccessLog = out
 	}
 	proxy := ztunnel.New(cfg)
-	agent := handoff.NewClient(handoff.ClientConfig{Path: c.handoffPath, Instance: c.podName, Handler: proxy, Log: log})
+	turn := &turnstile{standby: c.standby, activated: make(chan struct{}), log: log}
+	agent := handoff.NewClient(handoff.ClientConfig{
+		Path: c.handoffPath, Instance: c.instance(), Handler: proxy, Log: log,
+		Pair: c.podName, Standby: c.standby, Activate: func() { proxy.Activate(); turn.activate() },
+	})
+	turn.synced = agent.Synced()
 	pages := pages{proxy: proxy, store: store, level: level, ready: func() error { return ready(client, agent, roots) }}
 
 	return untilDrained(ctx, stopAll, proxy.Run,
@@ -101,9 +107,9 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 			<-inner.Done()
 			return nil
 		},
-		func(ctx context.Context) error { return obs.Serve(ctx, c.adminAddr, pages.admin()) },
-		func(ctx context.Context) error { return obs.Serve(ctx, c.statsAddr, stats(reg)) },
-		func(ctx context.Context) error { return obs.Serve(ctx, c.readyAddr, pages.health()) },
+		func(ctx context.Context) error { return turn.serve(ctx, c.adminAddr, pages.admin()) },
+		func(ctx context.Context) error { return turn.serve(ctx, c.statsAddr, stats(reg)) },
+		func(ctx context.Context) error { return turn.serve(ctx, c.readyAddr, pages.health()) },
 	)
 }
 

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -150,18 +151,129 @@ func TestServeAlone(t *testing.T) {
 	}
 }
 
-func TestServeSaysWhichPortIsTaken(t *testing.T) {
+// A port may be the other ztunnel's of the pair for a while: it is waited for,
+// and the log says which.
+func TestServeWaitsForAPortThatIsTaken(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	c, err := parseConfig([]string{"--admin=" + l.Addr().String(), "--stats=" + freePort(t), "--ready=" + freePort(t), "--roots=/nonexistent", "--control-address=" + freePort(t)}, environment)
+	addr := l.Addr().String()
+	c, err := parseConfig([]string{"--ready=" + addr, "--stats=" + freePort(t), "--admin=" + freePort(t), "--roots=/nonexistent", "--control-address=" + freePort(t)}, environment)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := serve(t.Context(), c, t.Output()); err == nil || !strings.Contains(err.Error(), l.Addr().String()) {
-		t.Errorf("serve: %v, want the address that is taken", err)
+	log := &lines{found: make(chan struct{}), want: addr}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- serve(ctx, c, log) }()
+	select {
+	case <-log.found:
+	case <-time.After(10 * time.Second):
+		t.Error("the log does not say which port is taken")
+	}
+	l.Close()
+	alive(t, addr, true)
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// lines closes found at the first write that has want in it.
+type lines struct {
+	want  string
+	found chan struct{}
+	once  sync.Once
+}
+
+func (l *lines) Write(b []byte) (int, error) {
+	if strings.Contains(string(b), l.want) {
+		l.once.Do(func() { close(l.found) })
+	}
+	return len(b), nil
+}
+
+// alive waits until somebody serves at addr, or nobody.
+func alive(t *testing.T, addr string, want bool) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); ; {
+		_, _, err := get("http://" + addr + "/")
+		if (err == nil) == want {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("served at %s: %v, want %v", addr, err == nil, want)
+		}
+		select {
+		case <-t.Context().Done():
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// Of two ztunnels of a pod the active one has the ports.
+func TestPortsGoToTheActiveOne(t *testing.T) {
+	addr := freePort(t)
+	start := func(standby bool) (t2 *turnstile, synced chan struct{}, stop func()) {
+		synced = make(chan struct{})
+		t2 = &turnstile{standby: standby, synced: synced, activated: make(chan struct{}), log: discard()}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		name := fmt.Sprint("standby ", standby)
+		h := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, name) })
+		go func() { done <- t2.serve(ctx, addr, h) }()
+		stop = sync.OnceFunc(func() {
+			cancel()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		})
+		t.Cleanup(stop)
+		return t2, synced, stop
+	}
+	is := func(want string) {
+		t.Helper()
+		alive(t, addr, true)
+		if _, got, err := get("http://" + addr + "/"); err != nil || got != want {
+			t.Errorf("%q answers, %v, want %q", got, err, want)
+		}
+	}
+	first, synced, stop := start(false)
+	is("standby false") // it says why it is not ready, before it is
+	second, _, _ := start(true)
+	first.activate()
+	close(synced)
+	is("standby false")
+	second.activate() // the first one drains
+	stop()
+	is("standby true")
+
+	third, synced3, stop3 := start(false) // waits for the port
+	close(synced3)
+	is("standby true")
+	stop3()
+	if third.active() {
+		t.Error("active without being told")
+	}
+}
+
+// One that is not to be active gives the ports back.
+func TestPortsAreGivenBack(t *testing.T) {
+	addr, synced := freePort(t), make(chan struct{})
+	s := &turnstile{synced: synced, activated: make(chan struct{}), log: discard()}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- s.serve(ctx, addr, http.NotFoundHandler()) }()
+	alive(t, addr, true)
+	close(synced)
+	alive(t, addr, false)
+	s.activate()
+	alive(t, addr, true)
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
 	}
 }
 
