@@ -112,8 +112,9 @@ func (h *Header) set(f http2.Field) {
 
 // A headerWriter encodes the header blocks of one connection, in order.
 type headerWriter struct {
-	enc *hpack.Encoder
-	buf bytes.Buffer
+	enc   *hpack.Encoder
+	buf   bytes.Buffer
+	known bool // peerTable was called
 }
 
 func newHeaderWriter() *headerWriter {
@@ -129,6 +130,7 @@ func newHeaderWriter() *headerWriter {
 // peerTable notes the size of the table that the peer has announced, or
 // DefaultTableLen if it did not.
 func (w *headerWriter) peerTable(n uint32) {
+	w.known = true
 	w.enc.SetMaxDynamicTableSize(min(n, http2.DefaultTableLen))
 }
 
