@@ -144,6 +144,14 @@ func TestValues(t *testing.T) {
 			t.Errorf("no such argument in %s", text)
 		}
 	})
+	t.Run("no ztunnel that stands by", func(t *testing.T) {
+		if text := fmt.Sprint(daemonSet(t, "ztunnel.standby=false")); strings.Contains(text, "standby") {
+			t.Errorf("there is one in %s", text)
+		}
+		if text := fmt.Sprint(daemonSet(t)); strings.Count(text, "--standby") != 1 {
+			t.Errorf("not just one in %s", text)
+		}
+	})
 	t.Run("every top value may be null", func(t *testing.T) {
 		c, err := loadChart()
 		if err != nil {

@@ -63,6 +63,8 @@ func TestLeastPrivilege(t *testing.T) {
 		"weft-control": nil,
 		"istio-proxy":  {"NET_ADMIN", "SYS_ADMIN"},
 		"weft-node":    {"NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE"},
+
+		"istio-proxy-standby": {"NET_ADMIN", "SYS_ADMIN"},
 	}
 	seen := map[string]bool{}
 	for _, o := range rendered(t).objects {
@@ -121,8 +123,8 @@ func TestZtunnelHasNoKubernetesToken(t *testing.T) {
 			c := c.(map[string]any)
 			mounts, _, _ := unstructured.NestedSlice(c, "volumeMounts")
 			for _, m := range mounts {
-				if c["name"] == "istio-proxy" && m.(map[string]any)["name"] == "api-token" {
-					t.Error("istio-proxy mounts the token of the Kubernetes API")
+				if c["name"] != "weft-node" && m.(map[string]any)["name"] == "api-token" {
+					t.Errorf("%s mounts the token of the Kubernetes API", c["name"])
 				}
 			}
 		}

@@ -89,7 +89,7 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 		cfg.AccessLog = out
 	}
 	proxy := ztunnel.New(cfg)
-	turn := &turnstile{standby: c.standby, activated: make(chan struct{}), log: log}
+	turn := &turnstile{standby: c.standby, activated: make(chan struct{}), comm: "/proc/self/comm", log: log}
 	agent := handoff.NewClient(handoff.ClientConfig{
 		Path: c.handoffPath, Instance: c.instance(), Handler: proxy, Log: log,
 		Pair: c.podName, Standby: c.standby, Activate: func() { proxy.Activate(); turn.activate() },
@@ -107,6 +107,7 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 			<-inner.Done()
 			return nil
 		},
+		turn.watch,
 		func(ctx context.Context) error { return turn.serve(ctx, c.adminAddr, pages.admin()) },
 		func(ctx context.Context) error { return turn.serve(ctx, c.statsAddr, stats(reg)) },
 		func(ctx context.Context) error { return turn.serve(ctx, c.readyAddr, pages.health()) },

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/http"
+	"os"
 	"sync"
 	"syscall"
 	"time"
@@ -23,11 +24,54 @@ type turnstile struct {
 	synced    <-chan struct{} // closed when the agent has said who is active
 	activated chan struct{}   // closed when that is this one
 	once      sync.Once
+	comm      string // the file with the process's name; empty leaves that alone
 	log       *slog.Logger
 }
 
+// The names by which the two processes of a pair are told apart, in ps and in
+// /proc/PID/comm, which holds 15 bytes.
+const (
+	activeName  = "ztunnel"
+	passiveName = "ztunnel-standby"
+)
+
+// name names this process. What cannot be named works as well.
+func (t *turnstile) name(name string) {
+	if t.comm == "" {
+		return
+	}
+	if err := os.WriteFile(t.comm, []byte(name), 0); err != nil {
+		t.log.Debug("the process was not named", "error", err)
+	}
+}
+
 // activate lets this ztunnel have the ports from now on.
-func (t *turnstile) activate() { t.once.Do(func() { close(t.activated) }) }
+func (t *turnstile) activate() {
+	t.once.Do(func() {
+		t.name(activeName)
+		close(t.activated)
+	})
+}
+
+// watch names the process after what it does, until ctx ends.
+func (t *turnstile) watch(ctx context.Context) error {
+	if t.standby {
+		t.name(passiveName)
+	}
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-t.synced:
+	}
+	if !t.active() {
+		t.name(passiveName)
+	}
+	if t.active() { // in this very moment
+		t.name(activeName)
+	}
+	<-ctx.Done()
+	return nil
+}
 
 func (t *turnstile) active() bool {
 	select {

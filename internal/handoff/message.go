@@ -16,7 +16,7 @@ const (
 	ack         kind = "ack"         // ztunnel: Seq of the request, Error if it failed
 	add         kind = "add"         // agent: Pod and files
 	snapshotEnd kind = "snapshotEnd" // agent: every captured pod has been sent; Pairs
-	activate    kind = "activate"    // agent: accept connections from now on
+	activate    kind = "activate"    // agent: accept connections from now on; to one that does, the question whether it is alive
 	del         kind = "del"         // agent: UID
 	refuse      kind = "refuse"      // agent: Error; the connection is over
 )

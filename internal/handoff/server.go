@@ -37,6 +37,9 @@ type ServerConfig struct {
 	// ElectWait is how long a ztunnel that stands by waits for the active one
 	// of its pair to connect, before it is made active. 0 is a second.
 	ElectWait time.Duration
+	// WatchEvery is how often an active ztunnel of a pair is asked whether it
+	// still answers. 0 is a second.
+	WatchEvery time.Duration
 	// AckTimeout is how long ztunnel may take to answer; one that takes longer
 	// is disconnected. 0 is 5 seconds.
 	AckTimeout time.Duration
@@ -136,6 +139,7 @@ func (s *Server) serve(ctx context.Context, c *net.UnixConn) {
 	activated := s.join(p)
 	var wg sync.WaitGroup
 	wg.Go(func() { s.elect(ctx, p) })
+	wg.Go(func() { s.watch(ctx, p) })
 	wg.Go(func() {
 		defer func() { <-p.turn }()
 		if err := s.snapshot(p, activated); err != nil && ctx.Err() == nil {

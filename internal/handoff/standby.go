@@ -20,6 +20,10 @@ import (
 // that has just started hears of them in any order.
 const electWait = time.Second
 
+// watchEvery is how often an active ztunnel is asked whether it still answers.
+// It has ServerConfig.AckTimeout for that.
+const watchEvery = time.Second
+
 // introduce takes what a hello says of pair and activity.
 func (p *proxy) introduce(m message) {
 	p.pair, p.active, p.eager = m.Pair, m.Active || m.Pair == "", m.Eager
@@ -116,6 +120,36 @@ func (s *Server) elect(ctx context.Context, p *proxy) {
 	}
 	s.mu.Unlock()
 	s.activate(ctx, heir)
+}
+
+// watch asks p now and then, while it is the active one of a pair and another
+// stands by, whether it still answers. One that does not, because it hangs or
+// is stopped, is disconnected, and the other takes over.
+func (s *Server) watch(ctx context.Context, p *proxy) {
+	if p.pair == "" {
+		return
+	}
+	tick := time.NewTicker(cmp.Or(s.cfg.WatchEvery, watchEvery))
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-p.gone:
+			return
+		case <-tick.C:
+		}
+		if s.hasStandby(p) && p.request(ctx, message{Kind: activate}, Files{}) != nil {
+			return // it was disconnected, or the agent stops
+		}
+	}
+}
+
+// hasStandby reports whether p is active and another of its pair stands by.
+func (s *Server) hasStandby(p *proxy) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return p.active && slices.ContainsFunc(s.proxies, func(o *proxy) bool { return o.pair == p.pair && !o.active })
 }
 
 // newest returns the active ztunnel that connected last. With none, it is the

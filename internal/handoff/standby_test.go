@@ -213,3 +213,28 @@ func TestPairUnderFire(t *testing.T) {
 		eventually(t, "the word of the agent", func() bool { return twins[0].Active() != twins[1].Active() })
 	}
 }
+
+// An active ztunnel that hangs is as good as dead: the one that stands by
+// takes over.
+func TestStandbyTakesOverFromOneThatHangs(t *testing.T) {
+	f, _ := testFiles(t)
+	path := filepath.Join(t.TempDir(), "s")
+	s := startServer(t, ServerConfig{Path: path, AckTimeout: 200 * time.Millisecond, WatchEvery: 10 * time.Millisecond})
+	a, b := startTwin(t, path, "z", "a", false), startTwin(t, path, "z", "b", true)
+	a.synced(t)
+	b.synced(t)
+	if !a.Active() || b.Active() {
+		t.Fatalf("active: a %v, b %v", a.Active(), b.Active())
+	}
+	a.proxy.mu.Lock() // it hangs in what it is asked next
+	done := make(chan error, 1)
+	go func() { done <- s.Add(context.WithoutCancel(t.Context()), testPod, f) }()
+	eventually(t, "the other one to be active", b.Active)
+	a.proxy.mu.Unlock()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if _, ok := b.proxy.entry(testPod.UID); !ok {
+		t.Error("the pod is not with the one that is active")
+	}
+}

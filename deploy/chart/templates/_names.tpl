@@ -14,3 +14,11 @@ app.kubernetes.io/part-of: weft
 app.kubernetes.io/managed-by: {{ .root.Release.Service | lower }}
 app.kubernetes.io/version: {{ .root.Values.image.tag | default .root.Chart.AppVersion | quote }}
 {{- end -}}
+
+{{/* Who a pod is, for the environment of its containers. */}}
+{{- define "weft.identity" -}}
+- {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+- {name: POD_NAMESPACE, valueFrom: {fieldRef: {fieldPath: metadata.namespace}}}
+- {name: INSTANCE_IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
+- {name: NODE_NAME, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}
+{{- end -}}
