@@ -52,7 +52,7 @@ func proxies(t *testing.T) (map[string]container, bool) {
 			all[p.Spec.NodeName+" "+c.Name] = c
 		}
 	}
-	return all, len(list.Items) == 2 && len(all) == 4
+	return all, len(list.Items) == 2 && len(all) == 6
 }
 
 // freshProxies makes every container of the DaemonSet one that was not
