@@ -53,7 +53,11 @@ e2e: ## tests on a real two-node cluster
 	@echo "== real cluster"; cd e2e && go test -v -count=1 -p 1 -timeout 45m ./...
 
 .PHONY: bench
-bench: ## Go benchmarks
+bench: ## capture and the tunnel against others: CPU time, interleaved; into out/bench.json (root)
+	@.ci/deps; .ci/deps-bench; mkdir -p out; WEFT_BENCH=$(CURDIR)/out/bench.json go test -v -count=1 -p 1 -timeout 40m -run '^TestBenchmark' ./node/capture ./cmd/ztunnel/bench
+
+.PHONY: bench-go
+bench-go: ## Go benchmarks of single packages
 	@go test -run '^$$' -bench . -benchmem ./...
 
 .PHONY: build

@@ -1,3 +1,5 @@
+//lint:file-ignore SA1019 some of the servers under test are of golang.org/x/net/http2
+
 package conformance
 
 import (

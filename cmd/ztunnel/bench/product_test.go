@@ -1,0 +1,270 @@
+package bench
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"istio.io/api/security/v1alpha1"
+
+	"crypto/tls"
+
+	"github.com/weft-mesh/weft/api/feed"
+	"github.com/weft-mesh/weft/internal/bench"
+	"github.com/weft-mesh/weft/internal/handoff"
+	"github.com/weft-mesh/weft/internal/testca"
+	"github.com/weft-mesh/weft/internal/testnet"
+	"github.com/weft-mesh/weft/mesh"
+	"github.com/weft-mesh/weft/node/capture"
+)
+
+const trustDomain = "cluster.local"
+
+// control is the control service of the benchmark: the real feed, and a CA that
+// signs for anybody.
+type control struct {
+	v1alpha1.UnimplementedIstioCertificateServiceServer
+	ca      *testca.CA
+	feed    *feed.Server
+	address string
+}
+
+func newControl(t *testing.T, ca *testca.CA, r feed.Resources) *control {
+	t.Helper()
+	log := slog.New(slog.DiscardHandler)
+	c := &control{ca: ca, feed: feed.NewServer(log, prometheus.NewRegistry(), func(context.Context) (feed.Subscriber, error) {
+		return feed.Subscriber{}, nil
+	})}
+	cert := ca.IssueAs(mesh.Identity{TrustDomain: trustDomain, Namespace: "weft-system", ServiceAccount: "weft-control"},
+		func(c *x509.Certificate) { c.DNSNames = []string{"control.bench"} })
+	g := grpc.NewServer(append(feed.ServerOptions(), grpc.Creds(credentials.NewTLS(&tls.Config{Certificates: []tls.Certificate{cert}})))...)
+	c.feed.Register(g)
+	v1alpha1.RegisterIstioCertificateServiceServer(g, c)
+	c.feed.Update(r)
+	c.feed.SetSynced()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.address = l.Addr().String()
+	done := make(chan error, 1)
+	go func() { done <- g.Serve(l) }()
+	t.Cleanup(func() {
+		g.Stop()
+		<-done
+	})
+	return c
+}
+
+// CreateCertificate signs for the identity that is asked for.
+func (c *control) CreateCertificate(_ context.Context, r *v1alpha1.IstioCertificateRequest) (*v1alpha1.IstioCertificateResponse, error) {
+	id, err := mesh.ParseIdentity(r.GetMetadata().GetFields()["ImpersonatedIdentity"].GetStringValue())
+	if err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode([]byte(r.GetCsr()))
+	if block == nil {
+		return nil, errors.New("the request is not PEM")
+	}
+	csr, err := x509.ParseCertificateRequest(block.Bytes)
+	if err != nil {
+		return nil, err
+	}
+	leaf := c.ca.Sign(id, csr.PublicKey, nil)
+	return &v1alpha1.IstioCertificateResponse{CertChain: []string{
+		string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: leaf.Raw})), string(c.ca.PEM()),
+	}}, nil
+}
+
+// A product is a running ztunnel with the agent's side of its node.
+type product struct {
+	*bench.Process
+	agent        *handoff.Server
+	capture      *capture.Capture
+	admin, stats string
+}
+
+// program returns the ztunnel to measure: WEFT_BENCH_ZTUNNEL, or one that is
+// built now.
+func program(t *testing.T) string {
+	t.Helper()
+	if path := os.Getenv("WEFT_BENCH_ZTUNNEL"); path != "" {
+		return path
+	}
+	path := filepath.Join(t.TempDir(), "ztunnel")
+	cmd := exec.Command("go", "build", "-trimpath", "-o", path, "github.com/weft-mesh/weft/cmd/ztunnel")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build ztunnel: %v\n%s", err, out)
+	}
+	return path
+}
+
+func freePort(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// newProduct starts a ztunnel for a node, and waits until it has connected to
+// the agent.
+func newProduct(t *testing.T, path string, node *testnet.Node, c *control, bpffs string) *product {
+	t.Helper()
+	dir := t.TempDir()
+	write := func(name string, b []byte) string {
+		p := filepath.Join(dir, name)
+		if err := os.WriteFile(p, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	log, err := os.Create(filepath.Join(dir, "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &product{admin: freePort(t), stats: freePort(t)}
+	p.agent = handoff.NewServer(handoff.ServerConfig{Path: filepath.Join(dir, "handoff.sock"), Log: slog.New(slog.DiscardHandler)})
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- p.agent.Run(ctx) }()
+	t.Cleanup(func() {
+		stop()
+		<-done
+	})
+	p.Process, err = bench.Exec(path, []string{
+		"--control-address=" + c.address, "--control-name=control.bench", "--roots=" + write("roots", c.ca.PEM()), "--token=" + write("token", []byte("token")),
+		"--handoff=" + filepath.Join(dir, "handoff.sock"), "--pod-name=ztunnel-" + node.Name, "--pod-namespace=weft-system", "--pod-ip=127.0.0.1", "--node-name=" + node.Name,
+		"--admin=" + p.admin, "--stats=" + p.stats, "--ready=" + freePort(t),
+	}, nil, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		p.Stop()
+		log.Close()
+		if b, err := os.ReadFile(log.Name()); err == nil && t.Failed() {
+			t.Logf("the first of what %s has logged:\n%.4000s", node.Name, b)
+		}
+	})
+	if p.capture, err = capture.New(capture.Config{BPFRoot: bpffs + "/" + node.Name, ProcRoot: "/proc", HostNS: node.NS}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.capture.Close() })
+	deadline := time.After(20 * time.Second)
+	for connected, changed := p.agent.Connected(); connected == 0; connected, changed = p.agent.Connected() {
+		select {
+		case <-changed:
+		case <-deadline:
+			t.Fatal("ztunnel does not connect to the agent")
+		}
+	}
+	return p
+}
+
+// enrol captures a pod and hands it to the ztunnel.
+func (p *product) enrol(t *testing.T, pod *testnet.Pod) {
+	t.Helper()
+	captured, err := p.capture.Prepare(t.Context(), capture.Target{UID: "uid-" + pod.Name, Netns: pod.NS, Addrs: []netip.Addr{pod.V4}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { captured.Close() })
+	f, err := captured.Files()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	files := handoff.Files{Netns: f.Netns, Blessed: f.Blessed}
+	copy(files.Listeners[:], f.Listeners[:])
+	if err := p.agent.Add(t.Context(), handoff.Pod{
+		UID: "uid-" + pod.Name, Name: pod.Name, Namespace: "shop", ServiceAccount: pod.Name, Addresses: []netip.Addr{pod.V4},
+	}, files); err != nil {
+		t.Fatal(err)
+	}
+	if err := captured.Attach(t.Context(), capture.Mode{New: true}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// mallocs returns how many objects the process has allocated so far.
+func (p *product) mallocs() (float64, error) {
+	b, err := fetch("http://" + p.stats + "/metrics")
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.SplitSeq(b, "\n") {
+		var n float64
+		if _, err := fmt.Sscanf(line, "go_memstats_mallocs_total %g", &n); err == nil {
+			return n, nil
+		}
+	}
+	return 0, errors.New("no go_memstats_mallocs_total among the metrics")
+}
+
+// collect runs the garbage collector of the process.
+func (p *product) collect() error {
+	_, err := fetch("http://" + p.admin + "/debug/pprof/heap?gc=1")
+	return err
+}
+
+func fetch(url string) (string, error) {
+	r, err := http.Get(url)
+	if err != nil {
+		return "", err
+	}
+	defer r.Body.Close()
+	b, err := io.ReadAll(r.Body)
+	if err == nil && r.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s", url, r.Status)
+	}
+	return string(b), err
+}
+
+// resources is a mesh of two workloads and two policies, one of which lets the
+// client in.
+func resources(client, server *testnet.Pod) feed.Resources {
+	workload := func(p *testnet.Pod) mesh.Workload {
+		return mesh.Workload{
+			UID: mesh.UID("Kubernetes//Pod/shop/" + p.Name), Name: mesh.Name{Namespace: "shop", Name: p.Name},
+			Addresses: []netip.Addr{p.V4}, Cluster: "Kubernetes", Transport: mesh.HBONE, Healthy: true,
+			Identity: identityOf(p.Name), CanonicalName: p.Name, CanonicalRevision: "v1", Node: p.Node.Name,
+		}
+	}
+	principal := func(name string) mesh.Match {
+		return mesh.Match{Principals: []mesh.StringMatch{{Kind: mesh.MatchExact, Value: strings.TrimPrefix(identityOf(name).String(), "spiffe://")}}}
+	}
+	policy := func(name string, action mesh.Action, m mesh.Match) mesh.Policy {
+		return mesh.Policy{
+			Name: mesh.Name{Namespace: "shop", Name: name}, Scope: mesh.ScopeNamespace, Action: action,
+			Groups: []mesh.Group{{Clauses: []mesh.Clause{{Matches: []mesh.Match{m}}}}},
+		}
+	}
+	return feed.Resources{
+		Workloads: []mesh.Workload{workload(client), workload(server)},
+		Policies:  []mesh.Policy{policy("allow-client", mesh.Allow, principal("client")), policy("deny-mallory", mesh.Deny, principal("mallory"))},
+	}
+}
+
+func identityOf(name string) mesh.Identity {
+	return mesh.Identity{TrustDomain: trustDomain, Namespace: "shop", ServiceAccount: name}
+}
