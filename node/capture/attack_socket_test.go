@@ -70,6 +70,16 @@ func bound(link string) func(fd int, _, _ netip.AddrPort) error {
 	return func(fd int, _, _ netip.AddrPort) error { return unix.BindToDevice(fd, link) }
 }
 
+// mapped speaks IPv4 by an IPv6 socket, if there is IPv4 to be spoken.
+func mapped(change func(fd int, from, to netip.AddrPort) error) send {
+	return func(from, to netip.AddrPort) error {
+		as6 := func(a netip.AddrPort) netip.AddrPort {
+			return netip.AddrPortFrom(netip.AddrFrom16(a.Addr().As16()), a.Port())
+		}
+		return bySocket(0, change)(as6(from), as6(to))
+	}
+}
+
 // fastOpen sends data with the SYN, without a cookie (RFC 7413).
 func fastOpen(fd int, _, to netip.AddrPort) error {
 	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, MarkProxy); err != nil {
@@ -239,6 +249,7 @@ func TestSocketsAreNoWayAround(t *testing.T) {
 		{"attack.mptcp", bySocket(unix.IPPROTO_MPTCP, func(int, netip.AddrPort, netip.AddrPort) error { return nil }), true},
 		{"attack.fast_open", bySocket(0, fastOpen), false},
 		{"attack.tcp_repair", bySocket(0, repaired), false},
+		{"attack.mapped_address", mapped(marked(MarkProxy)), false},
 		{"attack.raw_socket", rawSocket, false},
 		{"attack.raw_socket", rawTCP, false},
 	}

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -194,26 +195,37 @@ func (w place) removeLocal(ns *netns.NS) error {
 
 func gone(err error) bool { return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) }
 
-// acceptMark makes the app's sockets inherit the mark of the packet that made
-// them, IPv6 included (net.ipv4.tcp_fwmark_accept): a probe's answer leaves by
-// the wire, and the answer to the proxy stays here.
+// acceptMark makes the answers to a marked packet carry its mark: a probe's
+// leave by the wire, and those to the proxy stay here. That is for the app's
+// sockets (net.ipv4.tcp_fwmark_accept, IPv6 included), and for the kernel,
+// which refuses a connection to a port on which nobody listens (fwmark_reflect).
 func (c *Capture) acceptMark(ns *netns.NS) error {
-	path := filepath.Join(c.cfg.ProcRoot, "sys/net/ipv4/tcp_fwmark_accept")
+	for _, key := range []string{"net/ipv4/tcp_fwmark_accept", "net/ipv4/fwmark_reflect", "net/ipv6/fwmark_reflect"} {
+		err := c.turnOn(ns, key)
+		if errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(key, "net/ipv6/") {
+			continue // a kernel without IPv6
+		}
+		name := strings.ReplaceAll(key, "/", ".")
+		if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) {
+			return fmt.Errorf("set %s in the pod (is %s the host's proc, mounted writable?): %w", name, c.cfg.ProcRoot, err)
+		}
+		if err != nil {
+			return fmt.Errorf("set %s in the pod: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// turnOn sets a value below /proc/sys in the namespace to 1.
+func (c *Capture) turnOn(ns *netns.NS, key string) error {
 	// The kernel shows the values of the namespace of the thread that opens.
-	err := ns.Do(func() error {
+	return ns.Do(func() error {
 		// Opened without O_CREATE and O_TRUNC, which proc does not want.
-		f, err := os.OpenFile(path, os.O_WRONLY, 0)
+		f, err := os.OpenFile(filepath.Join(c.cfg.ProcRoot, "sys", key), os.O_WRONLY, 0)
 		if err != nil {
 			return err
 		}
 		_, err = f.WriteString("1")
 		return errors.Join(err, f.Close())
 	})
-	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) {
-		return fmt.Errorf("set net.ipv4.tcp_fwmark_accept in the pod (is %s the host's proc, mounted writable?): %w", c.cfg.ProcRoot, err)
-	}
-	if err != nil {
-		return fmt.Errorf("set net.ipv4.tcp_fwmark_accept in the pod: %w", err)
-	}
-	return nil
 }
