@@ -80,11 +80,14 @@ func TestAgentRestart(t *testing.T) {
 // a name that could be read as another identity gets none.
 func TestServiceAccountsCannotBeForged(t *testing.T) {
 	n := newWorld(t).node(nil)
+	score := newCard(t)
 	for _, sa := range []string{"", "a/sa/admin", "admin\x00", "../admin"} {
 		e, p := n.world.entry("x", freshAddr())
 		n.enter = enterWith(p)
 		e.Pod.ServiceAccount = sa
-		if err := n.Add(t.Context(), e.Pod, e.Files); err == nil {
+		err := n.Add(t.Context(), e.Pod, e.Files)
+		score.attack("attack.service_account_forged", err != nil)
+		if err == nil {
 			t.Errorf("service account %q was accepted", sa)
 		}
 	}

@@ -61,6 +61,7 @@ func status(t *testing.T, s *hbone.Stream, err error) int {
 
 func TestTunnelTargets(t *testing.T) {
 	p := newPair(t, echo)
+	score := newCard(t)
 	other := p.serverNode.add("other", nil) // on the same node
 	otherApp := other.app(echo)
 	pool := p.foreign(p.ca, identityOf("shop", "x"))
@@ -84,9 +85,15 @@ func TestTunnelTargets(t *testing.T) {
 		{"nobody listens", onServer("1"), 503},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			s, err := connect(p.server, pool, tt.authority)
-			if got := status(t, s, err); got != tt.want {
-				t.Errorf("status %d, want %d", got, tt.want)
+			for range 3 {
+				s, err := connect(p.server, pool, tt.authority)
+				got := status(t, s, err)
+				if got != tt.want {
+					t.Errorf("status %d, want %d", got, tt.want)
+				}
+				if tt.want == 400 {
+					score.attack("attack.connect_foreign_address", got == 400)
+				}
 			}
 		})
 	}
@@ -135,14 +142,20 @@ func TestForwardedIsNotBelieved(t *testing.T) {
 	p := newPair(t, echo)
 	p.setPolicies(mesh.Policy{Name: mesh.Name{Namespace: "shop", Name: "by-ip"}, Scope: mesh.ScopeNamespace, Action: mesh.Allow,
 		Groups: []mesh.Group{{Clauses: []mesh.Clause{{Matches: []mesh.Match{{SourceIPs: []netip.Prefix{netip.MustParsePrefix("10.9.9.9/32")}}}}}}}})
-	s, err := connect(p.server, p.foreign(p.ca, identityOf("shop", "x")), p.app.String())
-	if got := status(t, s, err); got != 401 {
-		t.Errorf("status %d, want 401", got)
+	score := newCard(t)
+	for range 3 {
+		s, err := connect(p.server, p.foreign(p.ca, identityOf("shop", "x")), p.app.String())
+		got := status(t, s, err)
+		score.attack("attack.forwarded_header", got == 401)
+		if got != 401 {
+			t.Errorf("status %d, want 401", got)
+		}
 	}
 }
 
 func TestForeignCertificatesAreRefused(t *testing.T) {
 	p := newPair(t, echo)
+	score := newCard(t)
 	stranger := testca.New(t, trustDomain) // says it is ours, with another root
 	elsewhere := testca.New(t, "other.domain")
 	for name, pool := range map[string]*hbone.Pool{
@@ -151,6 +164,7 @@ func TestForeignCertificatesAreRefused(t *testing.T) {
 		"our root, another domain": p.foreign(p.ca, mesh.Identity{TrustDomain: "other.domain", Namespace: "shop", ServiceAccount: "client"}),
 	} {
 		s, err := connect(p.server, pool, p.app.String())
+		score.attack("attack.foreign_certificate", err != nil)
 		if err == nil {
 			s.Reset()
 			t.Errorf("%s: connected", name)

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/weft-mesh/weft/internal/score"
 )
 
 func itoa(t *testing.T, f *os.File) string {
@@ -261,9 +263,16 @@ func TestOtherUserIsRefused(t *testing.T) {
 	if out := dial(0); !strings.Contains(out, `GOT "snapshotEnd"`) {
 		t.Errorf("root got no snapshot: %s", out)
 	}
-	if out := dial(65534); strings.Contains(out, `GOT "snapshotEnd"`) || !strings.Contains(out, "GOT") {
-		t.Errorf("another user: %s, want a closed connection", out)
+	row := score.Row{Name: "attack.handoff_foreign_process", Attempted: score.N(0), Blocked: score.N(0)}
+	for _, uid := range []uint32{65534, 1000, 1} {
+		*row.Attempted++
+		if out := dial(uid); strings.Contains(out, `GOT "snapshotEnd"`) || !strings.Contains(out, "GOT") {
+			t.Errorf("user %d: %s, want a closed connection", uid, out)
+			continue
+		}
+		*row.Blocked++
 	}
+	score.Record(t, row)
 }
 
 func FuzzDecode(f *testing.F) {
