@@ -54,7 +54,7 @@ e2e: ## tests on a real two-node cluster
 
 .PHONY: bench
 bench: ## capture and the tunnel against others: CPU time, interleaved; into out/bench.json (root)
-	@.ci/deps; .ci/deps-bench; mkdir -p out; WEFT_BENCH=$(CURDIR)/out/bench.json go test -v -count=1 -p 1 -timeout 40m -run '^TestBenchmark' ./node/capture ./cmd/ztunnel/bench
+	@.ci/deps; .ci/deps-bench; mkdir -p out; WEFT_BENCH=$(CURDIR)/out/bench.json go test -v -count=1 -p 1 -timeout 40m -run '^TestBenchmark' ./node/capture ./cmd/ztunnel/blackbox
 
 .PHONY: bench-go
 bench-go: ## Go benchmarks of single packages

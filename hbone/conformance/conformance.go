@@ -14,6 +14,8 @@ import (
 type Config struct {
 	// Address is the host:port of the server.
 	Address string
+	// Dial connects to Address; nil is as this process does.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	// Certificate is presented to the server; without it every check fails
 	// that is not about its absence.
 	Certificate *tls.Certificate
@@ -110,8 +112,10 @@ func Run(ctx context.Context, cfg Config, report func(Result)) ([]Result, error)
 	if cfg.Certificate == nil {
 		return nil, errors.New("test conformance: a certificate is needed, servers take nobody without one")
 	}
-	d := net.Dialer{Timeout: cfg.Timeout}
-	c, err := d.DialContext(ctx, "tcp", cfg.Address)
+	if cfg.Dial == nil {
+		cfg.Dial = (&net.Dialer{Timeout: cfg.Timeout}).DialContext
+	}
+	c, err := cfg.Dial(ctx, "tcp", cfg.Address)
 	if err != nil {
 		return nil, fmt.Errorf("test conformance: the server cannot be reached: %w", err)
 	}

@@ -3,6 +3,7 @@ package conformance
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	h2 "golang.org/x/net/http2"
 )
@@ -108,25 +109,8 @@ func (s *suite) passesStalled(p *peer) error {
 			return err
 		}
 		st.stalled = true
-		// As much as may be sent, until the application that nobody reads
-		// from has stopped to take it.
-		for sent := 0; sent < 64<<20; {
-			for p.takeIn() {
-			}
-			n := int(min(st.window, p.window, int64(p.maxFrame()), 64<<10))
-			if n <= 0 {
-				if err := p.alive(); err != nil {
-					return err
-				}
-				if st.window > 0 && p.window > 0 {
-					continue
-				}
-				break
-			}
-			p.said(p.fr.WriteData(st.id, false, make([]byte, n)))
-			st.window -= int64(n)
-			p.window -= int64(n)
-			sent += n
+		if err := p.fill(st); err != nil {
+			return err
 		}
 	}
 	st, err := p.open(target)
@@ -135,6 +119,33 @@ func (s *suite) passesStalled(p *peer) error {
 	}
 	if err := p.echo(st, pattern(256<<10), 16<<10); err != nil {
 		return fmt.Errorf("with 8 stalled streams on the same connection: %w", err)
+	}
+	return nil
+}
+
+// fill sends as much as may be sent, until the application that nobody reads
+// from has stopped to take it.
+func (p *peer) fill(st *stream) error {
+	const enough = 64 << 20
+	for sent, quiet := 0, 0; sent < enough && quiet < 10; {
+		for p.takeIn() {
+		}
+		n := int(min(st.window, p.window, int64(p.maxFrame()), 64<<10))
+		if n <= 0 {
+			// An answer to PING says that what was sent has been read, and a
+			// while later the window for it must have come, if it comes.
+			if err := p.alive(); err != nil {
+				return err
+			}
+			time.Sleep(5 * time.Millisecond)
+			quiet++
+			continue
+		}
+		quiet = 0
+		p.said(p.fr.WriteData(st.id, false, make([]byte, n)))
+		st.window -= int64(n)
+		p.window -= int64(n)
+		sent += n
 	}
 	return nil
 }

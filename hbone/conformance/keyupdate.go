@@ -30,8 +30,7 @@ type rekeyConn struct {
 
 // rekey shakes hands and takes over.
 func (s *suite) rekey() (*rekeyConn, error) {
-	d := net.Dialer{Timeout: s.Timeout}
-	raw, err := d.DialContext(s.ctx, "tcp", s.Address)
+	raw, err := s.Dial(s.ctx, "tcp", s.Address)
 	if err != nil {
 		return nil, err
 	}

@@ -86,8 +86,7 @@ func (s *suite) dial(change func(*tls.Config)) (*tls.Conn, error) {
 	if change != nil {
 		change(cfg)
 	}
-	d := net.Dialer{Timeout: s.Timeout}
-	c, err := d.DialContext(s.ctx, "tcp", s.Address)
+	c, err := s.Dial(s.ctx, "tcp", s.Address)
 	if err != nil {
 		return nil, err
 	}

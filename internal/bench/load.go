@@ -79,9 +79,7 @@ func Serve(echo, sink netip.AddrPort, ready func()) error {
 		listeners[fd] = isSink
 	}
 	ready()
-	sunk := map[int]int{}
-	isSink := map[int]bool{}
-	buf := make([]byte, 256<<10)
+	v := &server{p: p, conns: map[int]*served{}, buf: make([]byte, 256<<10)}
 	for {
 		events, err := p.wait(-time.Millisecond)
 		if err != nil {
@@ -90,45 +88,93 @@ func Serve(echo, sink netip.AddrPort, ready func()) error {
 		for _, e := range events {
 			fd := int(e.Fd)
 			if sink, ok := listeners[fd]; ok {
-				for {
-					c, _, err := unix.Accept4(fd, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
-					if err != nil {
-						break
-					}
-					_ = unix.SetsockoptInt(c, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) // a matter of speed
-					isSink[c] = sink
-					if err := p.add(c, unix.EPOLLIN); err != nil {
-						return err
-					}
-				}
-				continue
+				err = v.accept(fd, sink)
+			} else if v.turn(fd, v.conns[fd]) != nil {
+				delete(v.conns, fd)
+				err = unix.Close(fd)
 			}
-			n, err := unix.Read(fd, buf)
-			switch {
-			case err == unix.EAGAIN:
-			case isSink[fd] && n > 0:
-				had := sunk[fd]
-				sunk[fd] += n
-				// One for the first byte, and one for each whole block after it.
-				answers := (sunk[fd] - 1) / blockLen
-				if had > 0 {
-					answers -= (had - 1) / blockLen
-				} else {
-					answers++
-				}
-				err = writeAll(fd, buf[:answers])
-			case n > 0:
-				err = writeAll(fd, buf[:n])
-			default:
-				err = errEnd
-			}
-			if err != nil && err != unix.EAGAIN {
-				delete(sunk, fd)
-				delete(isSink, fd)
-				_ = unix.Close(fd) // it is over
+			if err != nil {
+				return err
 			}
 		}
 	}
+}
+
+type server struct {
+	p     *poller
+	conns map[int]*served
+	buf   []byte
+}
+
+// served is one connection.
+type served struct {
+	sink bool
+	sunk int
+	owed []byte // echoed, and not yet taken
+}
+
+func (v *server) accept(listener int, sink bool) error {
+	for {
+		fd, _, err := unix.Accept4(listener, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+		if err != nil {
+			return nil // for now there are no more
+		}
+		_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) // a matter of speed
+		v.conns[fd] = &served{sink: sink}
+		if err := v.p.add(fd, unix.EPOLLIN); err != nil {
+			return err
+		}
+	}
+}
+
+// turn does what a connection is ready for. An error is its end.
+func (v *server) turn(fd int, c *served) error {
+	if len(c.owed) > 0 {
+		n, err := unix.Write(fd, c.owed)
+		if err != nil {
+			return unlessAgain(err)
+		}
+		if c.owed = c.owed[n:]; len(c.owed) == 0 {
+			return v.p.change(fd, unix.EPOLLIN)
+		}
+		return nil
+	}
+	n, err := unix.Read(fd, v.buf)
+	if err != nil {
+		return unlessAgain(err)
+	}
+	if n == 0 {
+		return errEnd
+	}
+	answer := v.buf[:n]
+	if c.sink {
+		// One for the first byte, and one for each whole block after it.
+		had := c.sunk
+		c.sunk += n
+		answers := (c.sunk - 1) / blockLen
+		if had > 0 {
+			answers -= (had - 1) / blockLen
+		} else {
+			answers++
+		}
+		answer = v.buf[:answers]
+	}
+	if len(answer) == 0 {
+		return nil
+	}
+	n, err = unix.Write(fd, answer)
+	if n = max(n, 0); n < len(answer) && unlessAgain(err) == nil {
+		c.owed = append([]byte(nil), answer[n:]...)
+		return v.p.change(fd, unix.EPOLLOUT)
+	}
+	return err
+}
+
+func unlessAgain(err error) error {
+	if err == unix.EAGAIN || err == unix.EINTR {
+		return nil
+	}
+	return err
 }
 
 var errEnd = errors.New("end")

@@ -1,4 +1,4 @@
-package bench
+package blackbox
 
 import (
 	"crypto/aes"
@@ -14,16 +14,14 @@ import (
 	"time"
 
 	"github.com/weft-mesh/weft/internal/bench"
-	"github.com/weft-mesh/weft/internal/testca"
 	"github.com/weft-mesh/weft/internal/testnet"
 )
 
 const benchTest = "TestBenchmarkTunnel"
 
 const (
-	echoPort, sinkPort = 7001, 7002
-	idleConns          = 1500
-	idleTunnels        = 150
+	idleConns   = 1500
+	idleTunnels = 150
 )
 
 // TestBenchmarkTunnel compares the CPU time of both nodes' proxies for the same
@@ -82,63 +80,33 @@ type contender struct {
 	proxies    []*bench.Process // client's side first; none is no proxy at all
 }
 
-// A stage is two nodes with a captured pod and a bare one each.
+// A stage is a street with the contenders on it.
 type stage struct {
-	all     []*contender // direct first, then weft, then the peers
-	one     *product
-	two     *product
-	bareOne *testnet.Pod
-	server  *testnet.Pod
-	keys    setup
+	*street
+	all  []*contender // direct first, then weft, then the peers
+	keys setup
 }
 
 func newStage(t *testing.T) *stage {
 	t.Helper()
-	w := testnet.New(t)
-	one, two := w.Node("one"), w.Node("two")
-	client, server := one.PodWithoutIPv6("client", testnet.Routed), two.PodWithoutIPv6("server", testnet.Routed)
-	bareClient, bareServer := one.PodWithoutIPv6("bare-client", testnet.Routed), two.PodWithoutIPv6("bare-server", testnet.Routed)
-	for _, p := range []*testnet.Pod{client, server, bareClient, bareServer} {
-		p.Sysctl("net/ipv4/tcp_tw_reuse", "1")
-		p.Sysctl("net/ipv4/ip_local_port_range", "16384 60999")
-	}
-	ca := testca.New(t, trustDomain)
-	c := newControl(t, ca, resources(client, server))
-	path, bpffs := program(t), testnet.BPFFS(t)
-	s := &stage{one: newProduct(t, path, one, c, bpffs), two: newProduct(t, path, two, c, bpffs), bareOne: bareClient, server: server, keys: writeKeys(t, ca)}
-	s.one.enrol(t, client)
-	s.two.enrol(t, server)
-
-	start := func(role string, arg any, at *testnet.Pod) *bench.Process {
-		p, err := bench.Start(benchTest, role, arg, at.Do)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(p.Stop)
-		return p
-	}
-	ports := func(p *testnet.Pod) [2]netip.AddrPort {
-		return [2]netip.AddrPort{netip.AddrPortFrom(p.V4, echoPort), netip.AddrPortFrom(p.V4, sinkPort)}
-	}
-	far, near := ports(server), ports(bareServer)
-	start("server", far, server)
-	start("server", near, bareServer)
+	s := &stage{street: newStreet(t)}
+	s.keys = writeKeys(t, s.ca)
 	s.all = []*contender{
-		{name: "direct", echo: near[0], sink: near[1], client: start("client", nil, bareClient)},
-		{name: "weft", echo: far[0], sink: far[1], client: start("client", nil, client), proxies: []*bench.Process{s.one.Process, s.two.Process}},
+		{name: "direct", echo: s.nearApps[0], sink: s.nearApps[1], client: s.process(t, "client", nil, s.bareClient)},
+		{name: "weft", echo: s.apps[0], sink: s.apps[1], client: s.process(t, "client", nil, s.client), proxies: []*bench.Process{s.one.Process, s.two.Process}},
 	}
 	for i, k := range peerKinds {
 		port := uint16(8000 + 10*i)
-		in, inner := netip.MustParseAddr("127.0.0.1"), bareServer.V4
+		in, inner := netip.MustParseAddr("127.0.0.1"), s.bareServer.V4
 		front, back := s.keys, s.keys
 		front.Hops = []hop{{netip.AddrPortFrom(in, port), netip.AddrPortFrom(inner, port)}, {netip.AddrPortFrom(in, port+1), netip.AddrPortFrom(inner, port+1)}}
 		back.Server = true
-		back.Hops = []hop{{front.Hops[0].To, near[0]}, {front.Hops[1].To, near[1]}}
-		c := &contender{name: k.name, echo: front.Hops[0].Listen, sink: front.Hops[1].Listen, client: start("client", nil, bareClient)}
+		back.Hops = []hop{{front.Hops[0].To, s.nearApps[0]}, {front.Hops[1].To, s.nearApps[1]}}
+		c := &contender{name: k.name, echo: front.Hops[0].Listen, sink: front.Hops[1].Listen, client: s.process(t, "client", nil, s.bareClient)}
 		for _, side := range []struct {
 			s  setup
 			at *testnet.Pod
-		}{{front, bareClient}, {back, bareServer}} {
+		}{{front, s.bareClient}, {back, s.bareServer}} {
 			p, err := k.start(t, side.s, side.at.Host)
 			if err != nil {
 				fmt.Printf("%s is left out: %v (.ci/deps-bench installs it)\n", k.name, err)
@@ -340,7 +308,7 @@ func (s *stage) allocs(t *testing.T, b *board) {
 func (s *stage) shake(t *testing.T, n int) (client time.Duration) {
 	t.Helper()
 	result := filepath.Join(t.TempDir(), "cpu")
-	p, err := bench.Start(benchTest, "shake", shaken{setup: s.keys, To: netip.AddrPortFrom(s.server.V4, 15008), Conns: n, Result: result}, s.bareOne.Do)
+	p, err := bench.Start(benchTest, "shake", shaken{setup: s.keys, To: netip.AddrPortFrom(s.server.V4, 15008), Conns: n, Result: result}, s.bareClient.Do)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,4 +1,4 @@
-package bench
+package blackbox
 
 import (
 	"context"
@@ -238,6 +238,54 @@ func fetch(url string) (string, error) {
 		err = fmt.Errorf("%s: %s", url, r.Status)
 	}
 	return string(b), err
+}
+
+const echoPort, sinkPort = 7001, 7002
+
+// A street is two nodes with a captured pod and a bare one each, and
+// applications in the pods of the second.
+type street struct {
+	ca                     *testca.CA
+	one, two               *product
+	client, server         *testnet.Pod
+	bareClient, bareServer *testnet.Pod
+	apps, nearApps         [2]netip.AddrPort // echo and sink of server, and of bareServer
+}
+
+func newStreet(t *testing.T) *street {
+	t.Helper()
+	w := testnet.New(t)
+	one, two := w.Node("one"), w.Node("two")
+	s := &street{
+		ca:     testca.New(t, trustDomain),
+		client: one.PodWithoutIPv6("client", testnet.Routed), server: two.PodWithoutIPv6("server", testnet.Routed),
+		bareClient: one.PodWithoutIPv6("bare-client", testnet.Routed), bareServer: two.PodWithoutIPv6("bare-server", testnet.Routed),
+	}
+	for _, p := range []*testnet.Pod{s.client, s.server, s.bareClient, s.bareServer} {
+		p.Sysctl("net/ipv4/tcp_tw_reuse", "1")
+		p.Sysctl("net/ipv4/ip_local_port_range", "16384 60999")
+	}
+	c := newControl(t, s.ca, resources(s.client, s.server))
+	path, bpffs := program(t), testnet.BPFFS(t)
+	s.one, s.two = newProduct(t, path, one, c, bpffs), newProduct(t, path, two, c, bpffs)
+	s.one.enrol(t, s.client)
+	s.two.enrol(t, s.server)
+	s.apps = [2]netip.AddrPort{netip.AddrPortFrom(s.server.V4, echoPort), netip.AddrPortFrom(s.server.V4, sinkPort)}
+	s.nearApps = [2]netip.AddrPort{netip.AddrPortFrom(s.bareServer.V4, echoPort), netip.AddrPortFrom(s.bareServer.V4, sinkPort)}
+	s.process(t, "server", s.apps, s.server)
+	s.process(t, "server", s.nearApps, s.bareServer)
+	return s
+}
+
+// process starts a load generator in a pod.
+func (s *street) process(t *testing.T, role string, arg any, at *testnet.Pod) *bench.Process {
+	t.Helper()
+	p, err := bench.Start(benchTest, role, arg, at.Do)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.Stop)
+	return p
 }
 
 // resources is a mesh of two workloads and two policies, one of which lets the

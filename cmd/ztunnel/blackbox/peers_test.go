@@ -1,6 +1,6 @@
 //lint:file-ignore SA1019 one of the peers is golang.org/x/net/http2
 
-package bench
+package blackbox
 
 import (
 	"context"
