@@ -148,6 +148,40 @@ func TestNetworkPolicyBesideTheMesh(t *testing.T) {
 	}
 }
 
+// TestPoliciesThatComeLater: a NetworkPolicy ends no open tunnel, and new
+// connections go through it. An AuthorizationPolicy does not wait.
+func TestPoliciesThatComeLater(t *testing.T) {
+	s := newStreet(t)
+	score := newCard(t)
+	serveApp(t, s.server.Host, ":8080")
+	// As kube-proxy does, something makes the node track connections.
+	s.two.host.Run("nft", `
+		table inet proxy {
+			chain forward { type filter hook forward priority -10
+				ct state new accept
+			}
+		}`)
+	for _, a := range []netip.Addr{s.server.V4, s.server.V6} {
+		if _, err := answers(s.client.NS, netip.Addr{}, netip.AddrPortFrom(a, 8080)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	enforcer{s.two, "cni0"}.ingress("")
+	for _, denied := range []bool{false, true} {
+		if denied {
+			s.setPolicies(denyFrom("client", "client"))
+		}
+		for _, a := range []netip.Addr{s.server.V4, s.server.V6} {
+			_, err := answers(s.client.NS, netip.Addr{}, netip.AddrPortFrom(a, 8080))
+			if denied {
+				score.attack("netpol.late_authorization", err != nil)
+			} else if err != nil {
+				t.Errorf("through the open tunnel, to %v: %v; say so in docs/security.md", a, err)
+			}
+		}
+	}
+}
+
 // has reports whether the host has the address.
 func has(t *testing.T, h *testnet.Host, addr string) bool {
 	t.Helper()
