@@ -16,19 +16,24 @@ func TestSizes(t *testing.T) {
 		"probe":     {unsafe.Sizeof(CaptureProbe{}), 40},
 		"exemption": {unsafe.Sizeof(CaptureExemption{}), 40},
 		"report":    {unsafe.Sizeof(SocketsReport{}), 20},
+		"pod":       {unsafe.Sizeof(CapturePod{}), 172},
+		"listener":  {unsafe.Sizeof(CaptureListener{}), 8},
+		"counters":  {unsafe.Sizeof(CaptureCounters{}), 256},
 	} {
 		if sizes[0] != sizes[1] {
 			t.Errorf("struct %s has %d bytes, want %d", name, sizes[0], sizes[1])
 		}
 	}
 	want := map[string]ebpf.MapSpec{
-		CaptureMapListeners: {Type: ebpf.SockMap, KeySize: 4, ValueSize: 8, MaxEntries: 8},
+		CaptureMapListeners: {Type: ebpf.SockHash, KeySize: 8, ValueSize: 8, MaxEntries: 32768},
+		CaptureMapPods:      {Type: ebpf.Hash, KeySize: 4, ValueSize: 172, MaxEntries: 4096},
+		CaptureMapPrograms:  {Type: ebpf.ProgramArray, KeySize: 4, ValueSize: 4, MaxEntries: 8},
 		CaptureMapBlessed:   {Type: ebpf.SkStorage, KeySize: 4, ValueSize: 4},
 		CaptureMapKept:      {Type: ebpf.SkStorage, KeySize: 4, ValueSize: 40},
 		CaptureMapProbes:    {Type: ebpf.LRUHash, KeySize: 40, ValueSize: 4, MaxEntries: 8192},
-		CaptureMapStats:     {Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: 8, MaxEntries: 32},
+		CaptureMapStats:     {Type: ebpf.Hash, KeySize: 4, ValueSize: 256, MaxEntries: 4096},
 	}
-	for _, load := range []func() (*ebpf.CollectionSpec, error){LoadCapture, LoadEnrol, LoadSockets} {
+	for _, load := range []func() (*ebpf.CollectionSpec, error){LoadCapture, LoadLookup, LoadSockets} {
 		spec, err := load()
 		if err != nil {
 			t.Fatal(err)
@@ -47,8 +52,8 @@ func TestCountersHaveNames(t *testing.T) {
 	if n := len(all); n == 0 || n > int(CaptureCounterCOUNTERS) {
 		t.Fatalf("%d counters", n)
 	}
-	if last := all[len(all)-1]; last != CaptureCounterDNS_NO_PROXY_DROP {
-		t.Errorf("the last counter with a name is %d, want %d", last, CaptureCounterDNS_NO_PROXY_DROP)
+	if last := all[len(all)-1]; last != CaptureCounterLOOP_DROP {
+		t.Errorf("the last counter with a name is %d, want %d", last, CaptureCounterLOOP_DROP)
 	}
 	seen := map[string]bool{}
 	for _, c := range all {

@@ -1,83 +1,43 @@
 //go:build ignore
 
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
-// The programs that hold a pod in the mesh, one set per pod. doc.go explains
-// how they play together and why they cannot be walked around.
+// The packet programs that hold pods in the mesh, one set for the node: a pod's
+// gate says for which pod they run. doc.go explains how they play together and
+// why they cannot be walked around.
 #include "inbound.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
-// is_own: is the packet for the pod itself? By any of its addresses, also one
-// that was added after the program was loaded (the kernel uses the destination
-// as the source then): capturing it would make the proxy dial itself without end.
-static __always_inline int is_own4(struct bpf_sk_lookup *ctx)
-{
-	__be32 to = ctx->local_ip4;
+const enum counter *counter_for_btf __attribute__((unused)); /* so that Go gets the names */
 
-	return to == ctx->remote_ip4 || (to & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000) || is_pod_ip4(to);
+// enter takes the number of the pod that the gate has left in cb. Nobody else
+// can: between the two nothing runs.
+static __always_inline struct pod *enter(struct __sk_buff *skb, __u32 *id)
+{
+	*id = skb->cb[0];
+	skb->cb[0] = 0;
+	return bpf_map_lookup_elem(&pods, id);
 }
 
-static __always_inline int is_own6(struct bpf_sk_lookup *ctx)
-{
-	__be32 a = ctx->local_ip6[0], b = ctx->local_ip6[1], c = ctx->local_ip6[2], d = ctx->local_ip6[3];
-	__be32 ra = ctx->remote_ip6[0], rb = ctx->remote_ip6[1], rc = ctx->remote_ip6[2], rd = ctx->remote_ip6[3];
-
-	if (a == ra && b == rb && c == rc && d == rd)
-		return 1;
-	if (!a && !b && !c && d == bpf_htonl(1))
-		return 1;
-	return is_pod_ip6(a, b, c, d);
-}
-
-// give hands what is being looked up to one of the proxy's sockets.
-static __always_inline int give(struct bpf_sk_lookup *ctx, enum role role, enum counter captured, enum counter no_proxy)
-{
-	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &role);
-	long err;
-
-	if (!sk) {
-		count(no_proxy);
-		return SK_DROP;
-	}
-	err = bpf_sk_assign(ctx, sk, BPF_SK_LOOKUP_F_REPLACE);
-	bpf_sk_release(sk);
-	if (err) {
-		count(no_proxy);
-		return SK_DROP;
-	}
-	count(captured);
-	return SK_PASS;
-}
-
-// mesh_lookup gives the pod's own connections and name queries to the proxy. A
-// routing rule delivers all TCP that the pod generates to lo, and another UDP
-// to port 53; what is not for an address of the pod meets this program instead
-// of a listener.
-//
-// The context's interface cannot tell lo from the wire for the pod's own
-// addresses (inet_iif is the interface that owns the address), so inbound
-// connections are not its business: judge_inbound assigned them before.
-SEC("sk_lookup")
-int mesh_lookup(struct bpf_sk_lookup *ctx)
-{
-	int v6 = ctx->family != AF_INET;
-	int query = ctx->protocol == IPPROTO_UDP && ctx->local_port == DNS_PORT && pod_dns;
-
-	if (ctx->protocol != IPPROTO_TCP && !query)
-		return SK_PASS;
-	if (v6 ? is_own6(ctx) : is_own4(ctx))
-		return SK_PASS;
-	if (query)
-		return give(ctx, ROLE_DNS4 + v6, CAPTURED_DNS, DNS_NO_PROXY_DROP);
-	return give(ctx, ROLE_OUT4 + v6, CAPTURED_OUT, OUT_NO_PROXY_DROP);
-}
-
-// inbound_strict stands at the pod's end of the wire: new connections go to
-// the proxy, packets of others only to sockets of the proxy or kept ones.
+// inbound stands at the pod's end of the wire: new connections go to the
+// proxy, packets of others only to sockets of the proxy or kept ones.
 SEC("tc")
-int inbound_strict(struct __sk_buff *skb)
+int inbound(struct __sk_buff *skb)
 {
-	return judge_inbound(skb, 1);
+	__u32 id;
+	struct pod *pod = enter(skb, &id);
+
+	if (!pod)
+		return TC_ACT_SHOT;
+	switch (pod->mode) {
+	case MODE_IDLE:
+		return TC_ACT_UNSPEC;
+	case MODE_ENROL:
+	case MODE_LEAVE:
+	case MODE_STRICT:
+		return judge_inbound(skb, id, pod);
+	}
+	return TC_ACT_SHOT;
 }
 
 enum verdict {
@@ -91,7 +51,7 @@ enum verdict {
 // is asked, never a mark: any process with CAP_NET_RAW can set a mark. Only a
 // connection or an attempt counts: a listener sends nothing, a handshake with
 // it no more than SYN-ACKs, but a raw frame can have their addresses.
-static __always_inline int judge_outbound(const struct packet *p, struct bpf_sock *sk)
+static __always_inline int judge_outbound(__u32 id, const struct packet *p, struct bpf_sock *sk)
 {
 	struct bpf_sock *full = 0;
 	struct flow f = {};
@@ -117,7 +77,7 @@ static __always_inline int judge_outbound(const struct packet *p, struct bpf_soc
 	}
 	if (p->syn)
 		return GUARD_SYN; /* probes are begun by the host, never by the pod */
-	if (!is_probe(&f))
+	if (!is_probe(id, &f))
 		return GUARD_DATA;
 	return GUARD_PASS;
 }
@@ -130,27 +90,67 @@ static __always_inline int harmless(const struct packet *p)
 	return !p->syn && !p->data;
 }
 
-// guard_pod_egress stands at the pod's end of the wire, outwards. It also
-// takes off the mark, which some devices carry across namespaces.
-SEC("tc")
-int guard_pod_egress(struct __sk_buff *skb)
+// connected: is there a socket in this namespace that waits for p?
+static __always_inline int connected(struct __sk_buff *skb, const struct packet *p)
+{
+	struct bpf_sock_tuple t = p->tuple;
+	struct bpf_sock *sk = bpf_skc_lookup_tcp(skb, &t, tuple_len(p), BPF_F_CURRENT_NETNS, 0);
+	int yes = 0;
+
+	if (sk) {
+		yes = sk->state != BPF_TCP_LISTEN;
+		bpf_sk_release(sk);
+	}
+	return yes;
+}
+
+// hold_wire is what guard_pod does while capture is taken off: it drops packets
+// of captured connections that the rule no longer holds on lo. The end they are
+// meant for lives in this very namespace.
+static __always_inline int hold_wire(struct __sk_buff *skb, __u32 id)
 {
 	struct packet p = {};
 
+	if (parse(skb, &p) != IS_TCP || p.syn || !connected(skb, &p))
+		return TC_ACT_UNSPEC;
+	count(id, STRAY_DROP);
+	return TC_ACT_SHOT;
+}
+
+// guard_pod stands at the pod's end of the wire, outwards. It also takes off
+// the mark, which some devices carry across namespaces.
+SEC("tc")
+int guard_pod(struct __sk_buff *skb)
+{
+	__u32 id;
+	struct pod *pod = enter(skb, &id);
+	struct packet p = {};
+
+	if (!pod)
+		return TC_ACT_SHOT;
+	switch (pod->mode) {
+	case MODE_IDLE:
+	case MODE_ENROL:
+		return TC_ACT_UNSPEC;
+	case MODE_LEAVE:
+		return hold_wire(skb, id);
+	case MODE_STRICT:
+		break;
+	}
 	switch (parse(skb, &p)) {
 	case NOT_TCP:
 		return TC_ACT_UNSPEC;
 	case MALFORMED:
-		count(POD_GUARD_MALFORMED_DROP);
+		count(id, POD_GUARD_MALFORMED_DROP);
 		return TC_ACT_SHOT;
 	}
 	if (!harmless(&p)) {
-		switch (judge_outbound(&p, skb->sk)) {
+		switch (judge_outbound(id, &p, skb->sk)) {
 		case GUARD_SYN:
-			count(POD_GUARD_SYN_DROP);
+			count(id, POD_GUARD_SYN_DROP);
 			return TC_ACT_SHOT;
 		case GUARD_DATA:
-			count(POD_GUARD_DATA_DROP);
+			count(id, POD_GUARD_DATA_DROP);
 			return TC_ACT_SHOT;
 		}
 	}
@@ -158,39 +158,51 @@ int guard_pod_egress(struct __sk_buff *skb)
 	return TC_ACT_UNSPEC;
 }
 
-// guard_host_ingress is the same guard at the host's end of the wire, where
-// nothing in the pod can reach it. The socket is not in the packet here, it is
-// looked up in the pod's namespace.
+// guard_host is the same guard at the host's end of the wire, where nothing in
+// the pod can reach it. The socket is not in the packet here, it is looked up
+// in the pod's namespace.
 SEC("tc")
-int guard_host_ingress(struct __sk_buff *skb)
+int guard_host(struct __sk_buff *skb)
 {
+	__u32 id;
+	struct pod *pod = enter(skb, &id);
 	struct bpf_sock_tuple sender = {};
 	struct packet p = {};
 	struct bpf_sock *sk;
 	int verdict;
 
+	if (!pod)
+		return TC_ACT_SHOT;
+	switch (pod->mode) {
+	case MODE_IDLE:
+	case MODE_ENROL:
+	case MODE_LEAVE:
+		return TC_ACT_UNSPEC;
+	case MODE_STRICT:
+		break;
+	}
 	switch (parse(skb, &p)) {
 	case NOT_TCP:
 		return TC_ACT_UNSPEC;
 	case MALFORMED:
-		count(HOST_GUARD_MALFORMED_DROP);
+		count(id, HOST_GUARD_MALFORMED_DROP);
 		return TC_ACT_SHOT;
 	}
 	if (!harmless(&p)) {
 		mirror(&p, &sender);
-		sk = bpf_skc_lookup_tcp(skb, &sender, tuple_len(&p), pod_nsid, 0);
+		sk = bpf_skc_lookup_tcp(skb, &sender, tuple_len(&p), pod->nsid, 0);
 		if (sk) {
-			verdict = judge_outbound(&p, sk);
+			verdict = judge_outbound(id, &p, sk);
 			bpf_sk_release(sk);
 		} else {
-			verdict = judge_outbound(&p, 0);
+			verdict = judge_outbound(id, &p, 0);
 		}
 		switch (verdict) {
 		case GUARD_SYN:
-			count(HOST_GUARD_SYN_DROP);
+			count(id, HOST_GUARD_SYN_DROP);
 			return TC_ACT_SHOT;
 		case GUARD_DATA:
-			count(HOST_GUARD_DATA_DROP);
+			count(id, HOST_GUARD_DATA_DROP);
 			return TC_ACT_SHOT;
 		}
 	}
@@ -198,33 +210,59 @@ int guard_host_ingress(struct __sk_buff *skb)
 	return TC_ACT_UNSPEC;
 }
 
-// host_probe stands at the host's end of the wire, towards the pod, and finds
-// out which connections the host itself begins: those for which the host's
-// namespace has a connecting socket with exactly this packet's addresses and
-// ports. A forwarded or masqueraded SYN may have the node's address, but no
-// such socket.
-SEC("tc")
-int host_probe(struct __sk_buff *skb)
+// for_itself: is the packet on lo for the pod itself?
+static __always_inline int for_itself(struct __sk_buff *skb, const struct pod *pod)
 {
-	struct bpf_sock_tuple sender = {};
-	struct packet p = {};
-	struct probe k = { .pod = pod_veth };
-	struct bpf_sock *sk;
-	__u32 one = 1;
-	int ours = 0;
+	__be32 a[4], b[4];
 
-	if (parse(skb, &p) != IS_TCP || !p.syn)
-		return TC_ACT_UNSPEC; /* the pod's end judges it */
-	mirror(&p, &sender);
-	sk = bpf_skc_lookup_tcp(skb, &sender, tuple_len(&p), BPF_F_CURRENT_NETNS, 0);
-	if (sk) {
-		ours = sk->state == BPF_TCP_SYN_SENT;
-		bpf_sk_release(sk);
+	switch (skb->protocol) {
+	case bpf_htons(ETH_P_IP):
+		if (bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct iphdr, saddr), a, 8))
+			return 0;
+		return a[0] == a[1] || is_loopback4(a[1]) || has_ip4(pod, a[1]);
+	case bpf_htons(ETH_P_IPV6):
+		if (bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, saddr), a, 16) ||
+		    bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, daddr), b, 16))
+			return 0;
+		if (!((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3])))
+			return 1;
+		if (!(b[0] | b[1] | b[2]) && b[3] == bpf_htonl(1))
+			return 1;
+		return has_ip6(pod, b[0], b[1], b[2], b[3]);
 	}
-	flow_to_pod(&p, &k.flow);
-	if (ours)
-		bpf_map_update_elem(&probes, &k, &one, BPF_ANY);
-	else
-		bpf_map_delete_elem(&probes, &k); /* the tuple changed hands */
-	return TC_ACT_UNSPEC;
+	return 1;
+}
+
+// guard_lo stands where lo begins. What the proxy sends to others over the wire
+// has no business there: it would reach the proxy again, which would send it
+// again, without end. It gets there only when the pod has changed the rules.
+//
+// While capture is put on, it also drops packets of connections over the wire
+// that the capturing rule has caught before the iterator has marked their
+// socket. The proxy's listener would reset them; dropped, they are sent again
+// by the way they belong.
+SEC("tc")
+int guard_lo(struct __sk_buff *skb)
+{
+	__u32 id;
+	struct pod *pod = enter(skb, &id);
+	struct bpf_sock *sk = skb->sk;
+	struct packet p = {};
+
+	if (!pod)
+		return TC_ACT_UNSPEC; /* keeps nothing in; without the others, nothing leaves */
+	if (pod->mode == MODE_IDLE)
+		return TC_ACT_UNSPEC;
+	if (sk)
+		sk = bpf_sk_fullsock(sk);
+	if (sk && bpf_sk_storage_get(&blessed, sk, 0, 0) && !for_itself(skb, pod)) {
+		count(id, LOOP_DROP);
+		return TC_ACT_SHOT;
+	}
+	if (pod->mode != MODE_ENROL)
+		return TC_ACT_UNSPEC;
+	if (parse(skb, &p) != IS_TCP || p.syn || for_itself(skb, pod) || connected(skb, &p))
+		return TC_ACT_UNSPEC;
+	count(id, STRAY_DROP);
+	return TC_ACT_SHOT;
 }

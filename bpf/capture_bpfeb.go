@@ -35,8 +35,14 @@ const (
 	CaptureCounterSTRAY_DROP                CaptureCounter = 16
 	CaptureCounterCAPTURED_DNS              CaptureCounter = 17
 	CaptureCounterDNS_NO_PROXY_DROP         CaptureCounter = 18
+	CaptureCounterLOOP_DROP                 CaptureCounter = 19
 	CaptureCounterCOUNTERS                  CaptureCounter = 32
 )
+
+type CaptureCounters struct {
+	_ structs.HostLayout
+	N [32]uint64
+}
 
 type CaptureExemption struct {
 	_     structs.HostLayout
@@ -50,6 +56,30 @@ type CaptureFlow struct {
 	Remote     [16]uint8
 	LocalPort  uint16
 	RemotePort uint16
+}
+
+type CaptureListener struct {
+	_    structs.HostLayout
+	Pod  uint32
+	Role CaptureRole
+}
+
+type CaptureMode uint32
+
+const (
+	CaptureModeMODE_IDLE   CaptureMode = 1
+	CaptureModeMODE_ENROL  CaptureMode = 2
+	CaptureModeMODE_STRICT CaptureMode = 3
+	CaptureModeMODE_LEAVE  CaptureMode = 4
+)
+
+type CapturePod struct {
+	_        structs.HostLayout
+	Mode     CaptureMode
+	Nsid     uint32
+	HostNsid uint32
+	Ip4      [8]uint32
+	Ip6      [8][4]uint32
 }
 
 type CaptureProbe struct {
@@ -72,25 +102,32 @@ const (
 	CaptureRoleROLE_SLOTS CaptureRole = 8
 )
 
+type CaptureSlot uint32
+
+const (
+	CaptureSlotSLOT_INBOUND    CaptureSlot = 0
+	CaptureSlotSLOT_GUARD_POD  CaptureSlot = 1
+	CaptureSlotSLOT_GUARD_HOST CaptureSlot = 2
+	CaptureSlotSLOT_GUARD_LO   CaptureSlot = 3
+	CaptureSlotSLOTS           CaptureSlot = 8
+)
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	CaptureMapBlessed           = "blessed"
-	CaptureMapKept              = "kept"
-	CaptureMapListeners         = "listeners"
-	CaptureMapProbes            = "probes"
-	CaptureMapStats             = "stats"
-	CaptureProgGuardHostIngress = "guard_host_ingress"
-	CaptureProgGuardPodEgress   = "guard_pod_egress"
-	CaptureProgHostProbe        = "host_probe"
-	CaptureProgInboundStrict    = "inbound_strict"
-	CaptureProgMeshLookup       = "mesh_lookup"
-	CaptureVarPodDns            = "pod_dns"
-	CaptureVarPodIp4            = "pod_ip4"
-	CaptureVarPodIp6            = "pod_ip6"
-	CaptureVarPodNsid           = "pod_nsid"
-	CaptureVarPodVeth           = "pod_veth"
+	CaptureMapBlessed       = "blessed"
+	CaptureMapKept          = "kept"
+	CaptureMapListeners     = "listeners"
+	CaptureMapPods          = "pods"
+	CaptureMapProbes        = "probes"
+	CaptureMapPrograms      = "programs"
+	CaptureMapStats         = "stats"
+	CaptureProgGuardHost    = "guard_host"
+	CaptureProgGuardLo      = "guard_lo"
+	CaptureProgGuardPod     = "guard_pod"
+	CaptureProgInbound      = "inbound"
+	CaptureVarCounterForBtf = "counter_for_btf"
 )
 
 // LoadCapture returns the embedded CollectionSpec for Capture.
@@ -135,11 +172,10 @@ type CaptureSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type CaptureProgramSpecs struct {
-	GuardHostIngress *ebpf.ProgramSpec `ebpf:"guard_host_ingress"`
-	GuardPodEgress   *ebpf.ProgramSpec `ebpf:"guard_pod_egress"`
-	HostProbe        *ebpf.ProgramSpec `ebpf:"host_probe"`
-	InboundStrict    *ebpf.ProgramSpec `ebpf:"inbound_strict"`
-	MeshLookup       *ebpf.ProgramSpec `ebpf:"mesh_lookup"`
+	GuardHost *ebpf.ProgramSpec `ebpf:"guard_host"`
+	GuardLo   *ebpf.ProgramSpec `ebpf:"guard_lo"`
+	GuardPod  *ebpf.ProgramSpec `ebpf:"guard_pod"`
+	Inbound   *ebpf.ProgramSpec `ebpf:"inbound"`
 }
 
 // CaptureMapSpecs contains maps before they are loaded into the kernel.
@@ -149,7 +185,9 @@ type CaptureMapSpecs struct {
 	Blessed   *ebpf.MapSpec `ebpf:"blessed"`
 	Kept      *ebpf.MapSpec `ebpf:"kept"`
 	Listeners *ebpf.MapSpec `ebpf:"listeners"`
+	Pods      *ebpf.MapSpec `ebpf:"pods"`
 	Probes    *ebpf.MapSpec `ebpf:"probes"`
+	Programs  *ebpf.MapSpec `ebpf:"programs"`
 	Stats     *ebpf.MapSpec `ebpf:"stats"`
 }
 
@@ -157,11 +195,7 @@ type CaptureMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type CaptureVariableSpecs struct {
-	PodDns  *ebpf.VariableSpec `ebpf:"pod_dns"`
-	PodIp4  *ebpf.VariableSpec `ebpf:"pod_ip4"`
-	PodIp6  *ebpf.VariableSpec `ebpf:"pod_ip6"`
-	PodNsid *ebpf.VariableSpec `ebpf:"pod_nsid"`
-	PodVeth *ebpf.VariableSpec `ebpf:"pod_veth"`
+	CounterForBtf *ebpf.VariableSpec `ebpf:"counter_for_btf"`
 }
 
 // CaptureObjects contains all objects after they have been loaded into the kernel.
@@ -187,7 +221,9 @@ type CaptureMaps struct {
 	Blessed   *ebpf.Map `ebpf:"blessed"`
 	Kept      *ebpf.Map `ebpf:"kept"`
 	Listeners *ebpf.Map `ebpf:"listeners"`
+	Pods      *ebpf.Map `ebpf:"pods"`
 	Probes    *ebpf.Map `ebpf:"probes"`
+	Programs  *ebpf.Map `ebpf:"programs"`
 	Stats     *ebpf.Map `ebpf:"stats"`
 }
 
@@ -196,7 +232,9 @@ func (m *CaptureMaps) Close() error {
 		m.Blessed,
 		m.Kept,
 		m.Listeners,
+		m.Pods,
 		m.Probes,
+		m.Programs,
 		m.Stats,
 	)
 }
@@ -205,31 +243,25 @@ func (m *CaptureMaps) Close() error {
 //
 // It can be passed to LoadCaptureObjects or ebpf.CollectionSpec.LoadAndAssign.
 type CaptureVariables struct {
-	PodDns  *ebpf.Variable `ebpf:"pod_dns"`
-	PodIp4  *ebpf.Variable `ebpf:"pod_ip4"`
-	PodIp6  *ebpf.Variable `ebpf:"pod_ip6"`
-	PodNsid *ebpf.Variable `ebpf:"pod_nsid"`
-	PodVeth *ebpf.Variable `ebpf:"pod_veth"`
+	CounterForBtf *ebpf.Variable `ebpf:"counter_for_btf"`
 }
 
 // CapturePrograms contains all programs after they have been loaded into the kernel.
 //
 // It can be passed to LoadCaptureObjects or ebpf.CollectionSpec.LoadAndAssign.
 type CapturePrograms struct {
-	GuardHostIngress *ebpf.Program `ebpf:"guard_host_ingress"`
-	GuardPodEgress   *ebpf.Program `ebpf:"guard_pod_egress"`
-	HostProbe        *ebpf.Program `ebpf:"host_probe"`
-	InboundStrict    *ebpf.Program `ebpf:"inbound_strict"`
-	MeshLookup       *ebpf.Program `ebpf:"mesh_lookup"`
+	GuardHost *ebpf.Program `ebpf:"guard_host"`
+	GuardLo   *ebpf.Program `ebpf:"guard_lo"`
+	GuardPod  *ebpf.Program `ebpf:"guard_pod"`
+	Inbound   *ebpf.Program `ebpf:"inbound"`
 }
 
 func (p *CapturePrograms) Close() error {
 	return _CaptureClose(
-		p.GuardHostIngress,
-		p.GuardPodEgress,
-		p.HostProbe,
-		p.InboundStrict,
-		p.MeshLookup,
+		p.GuardHost,
+		p.GuardLo,
+		p.GuardPod,
+		p.Inbound,
 	)
 }
 

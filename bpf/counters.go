@@ -51,6 +51,8 @@ func (c CaptureCounter) String() string {
 		return "captured_dns"
 	case CaptureCounterDNS_NO_PROXY_DROP:
 		return "dns_no_proxy_drop"
+	case CaptureCounterLOOP_DROP:
+		return "loop_drop"
 	}
 	return ""
 }

@@ -13,9 +13,9 @@
 //
 //	app ── rule: all TCP generated here ──► lo ── mesh_lookup ──► out4, out6
 //	app ── rule: UDP to port 53 ──► lo ── mesh_lookup ──► dns4, dns6
-//	wire ── inbound_strict ──► in4, in6, hb4, hb6 ── proxy ── lo ──► app
-//	proxy (mark 0x539, blessed) ── guard_pod_egress ── guard_host_ingress ──► wire
-//	host's own socket ── host_probe ── inbound_strict (mark 0x539) ──► app
+//	wire ── inbound ──► in4, in6, hb4, hb6 ── proxy ── lo ──► app
+//	proxy (mark 0x539, blessed) ── guard_pod ── guard_host ──► wire
+//	host's own socket ── inbound (mark 0x539) ──► app
 //
 // Routing in the pod's namespace, per family, for packets generated there
 // ("iif lo"); table 1500 is "local default dev lo":
@@ -52,39 +52,48 @@
 //
 // # Programs
 //
-// Per pod, in capture.c, always attached to a captured pod:
+// The packet programs, in capture.c, are loaded once and do the work for all
+// pods. Each is behind a gate, a program of seven instructions that is loaded for
+// a pod and a hook: it leaves the pod's number in cb[0] of the packet and goes on
+// in the map of programs, by a tail call. So a new version of a program is put
+// to work for all pods in one step, and what a pod needs is small. If there is no
+// program in the map, the gate stops the packet.
 //
-//	mesh_lookup         sk_lookup of the pod's namespace
-//	inbound_strict      tcx ingress of the pod's eth0
-//	guard_pod_egress    tcx egress of the pod's eth0
-//	host_probe          tcx egress of the host's end of the veth
-//	guard_host_ingress  tcx ingress of the host's end of the veth
+//	inbound      ingress of the pod's eth0
+//	guard_pod    egress of the pod's eth0
+//	guard_host   ingress of the host's end of the veth
+//	guard_lo     egress of the pod's lo
 //
-// For the moment in which capture is put on a running pod or taken off, there
-// are inbound_lenient, hold_lo and hold_wire in enrol.c, loaded per pod, and
-// the socket iterators keep, drain and destroy in sockets.c, loaded once.
-// node/capture has the order.
+// What they do for a pod is said by its mode: nothing (idle), all (strict), or,
+// for the moment in which capture is put on a running pod or taken off (enrol,
+// leave), something between. A pod that is not in the map of pods, or has another
+// mode, is stopped. To change the mode is one write to the map.
 //
-// The constants pod_ip4, pod_ip6, pod_nsid and pod_veth are set before loading.
-// All addresses of the pod's interfaces are in the first two; TCP to an address
-// that is not is dropped on arrival. One address of each family is the source
-// of captured connections.
+// mesh_lookup, in lookup.c, is the sk_lookup program of the pod's namespace and
+// loaded for each pod. The socket iterators keep, drain and destroy, in
+// sockets.c, are loaded once. node/capture has the order.
+//
+// All addresses of the pod's interfaces are known to the programs; TCP to an
+// address that is not is dropped on arrival. One address of each family is the
+// source of captured connections.
 //
 // The guards return TC_ACT_UNSPEC for what they let pass, so the programs of a
 // CNI plug-in behind them still run.
 //
 // # Maps
 //
-//	listeners  SOCKMAP        role -> socket; a missing one drops: fail closed
-//	blessed    SK_STORAGE     u32, on sockets of the proxy; inherited by accept
-//	stats      PERCPU_ARRAY   enum counter -> u64
-//	kept       SK_STORAGE     struct exemption, on sockets of the app
-//	probes     LRU_HASH       struct probe -> u32
+//	pods       HASH         the pod's number -> struct pod
+//	programs   PROG_ARRAY   enum slot -> program
+//	listeners  SOCKHASH     pod, role -> socket; a missing one drops: fail closed
+//	blessed    SK_STORAGE   u32, on sockets of the proxy; inherited by accept
+//	kept       SK_STORAGE   struct exemption, on sockets of the app
+//	probes     LRU_HASH     struct probe -> u32
+//	stats      HASH         the pod's number -> struct counters
 //
-// Each pod has its own of the first three, pinned as pods/UID/{listeners,
-// blessed,stats} below the root of this version of the contract; kept and
-// probes are one for the node, pinned at the root. A change of a key or value
-// needs a new root.
+// There is one of each for the node, pinned as maps/NAME below the root of this
+// version of the contract; the links of a pod are pinned below pods/UID. A change
+// of a key or value needs a new root. A pod's number is the cookie of its network
+// namespace, or the inode number where the kernel has none.
 //
 // The proxy blesses each socket that it makes for the wire, after socket(2) and
 // before connect(2), by writing 1 under the socket's descriptor; only the
@@ -97,32 +106,40 @@
 // ask the sending socket for its blessing, and let a packet without SYN and
 // without data pass from anybody. The guard in the pod can be seen by the pod;
 // the one at the host's end cannot be reached from it, and finds the socket by
-// the packet's addresses in the pod's namespace, so raw packets have none. A
+// the packet's addresses in the pod's namespace: a raw packet finds none, or a
+// connection of the proxy, whose stream it can spoil and nothing else. A
 // first fragment counts as data. TCP behind IPv6 extension headers is found;
-// more than eight of them, or a VLAN tag, do not pass.
+// more than eight of them, or a VLAN tag, do not pass, nor do the tunnels that a
+// node might unpack: IP, GRE and MPLS in IP. What is in UDP is not looked into.
 //
 // Exempt from the guards are connections, never sockets: a kept socket that is
 // disconnected and connected elsewhere (connect(2) with AF_UNSPEC) sends from
 // another flow than its exemption says, and a SYN only if it was connecting
 // when capture began.
 //
-// An entry of probes cannot be forged by a pod. It is written only by
-// host_probe, at the host's end of the pod's wire, on a SYN on its way into the
-// pod, if the host's namespace has a socket in state SYN_SENT with exactly the
-// addresses and ports of that SYN. A pod that sends such a SYN to another, with
-// the node's address as its source, owns no such socket; nor does a SYN that
-// the node forwards or masquerades. The key holds both addresses, both ports
-// and the veth, so an entry serves one flow of one pod, and never a SYN from
-// the pod. A stale entry is removed by the next SYN with the same tuple; until
-// then it lets the pod send data, not connections, to a port of the node that
-// nobody listens on. When the entry is evicted, a connection in use goes on by
-// its socket's exemption.
+// An entry of probes cannot be forged by a pod. It is written only by inbound,
+// on a SYN that arrives, if the host's namespace has a socket in state SYN_SENT
+// with exactly the addresses and ports of that SYN. A pod that sends such a SYN
+// to another, with the node's address as its source, owns no such socket; nor
+// does a SYN that the node forwards or masquerades. The key holds both addresses,
+// both ports and the pod, so an entry serves one flow of one pod, and never a SYN
+// from the pod. A pod that can make packets arrive on its own eth0 gets no more
+// than what the host's own SYN gives it. A stale entry is removed by the next SYN
+// with the same tuple; until then it lets the pod send data, not connections, to
+// a port of the node that nobody listens on. When the entry is evicted, a
+// connection in use goes on by its socket's exemption.
 //
 // Inbound, a packet that is no SYN reaches only sockets that are blessed or
 // kept, for that flow. One that finds no socket, or a handshake that is not the
 // proxy's, is given to the proxy's listener: with SYN cookies it is the ACK that
 // makes the connection, else the listener resets it. SYNs in fragments are
 // dropped, because reassembly loses the assigned socket.
+//
+// A pod with NET_ADMIN can change its own routes and rules. Without those of the
+// capture its packets meet the guards and go nowhere. If it removes rules 100
+// and 101, what the proxy sends would come back to the proxy over lo, and be
+// sent again, without end: guard_lo drops what a blessed socket sends over lo to
+// others.
 //
 // What the proxy must do itself: an app that connects to its own pod's address,
 // on 15001, 15006 or 15008, is not seen by any program, for what is local to

@@ -3,26 +3,26 @@
 #pragma once
 #include "packet.h"
 
-static __always_inline int to_listener(struct __sk_buff *skb, const struct packet *p)
+static __always_inline int to_listener(struct __sk_buff *skb, __u32 id, const struct packet *p)
 {
 	__be16 port = p->v6 ? p->tuple.ipv6.dport : p->tuple.ipv4.dport;
 	int tunnel = port == bpf_htons(HBONE_PORT);
-	enum role role = (tunnel ? ROLE_HB4 : ROLE_IN4) + p->v6;
-	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &role);
+	struct listener at = { .pod = id, .role = (tunnel ? ROLE_HB4 : ROLE_IN4) + p->v6 };
+	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &at);
 	long err;
 
 	if (!sk) {
-		count(IN_NO_PROXY_DROP);
+		count(id, IN_NO_PROXY_DROP);
 		return TC_ACT_SHOT;
 	}
 	err = bpf_sk_assign(skb, sk, 0);
 	bpf_sk_release(sk);
 	if (err) {
-		count(IN_NO_PROXY_DROP);
+		count(id, IN_NO_PROXY_DROP);
 		return TC_ACT_SHOT;
 	}
 	if (p->syn)
-		count(tunnel ? CAPTURED_HBONE : CAPTURED_IN);
+		count(id, tunnel ? CAPTURED_HBONE : CAPTURED_IN);
 	return TC_ACT_UNSPEC;
 }
 
@@ -67,11 +67,47 @@ static __always_inline int pass_probe(struct __sk_buff *skb)
 	return TC_ACT_UNSPEC;
 }
 
-/* judge_inbound decides about one packet. It is strict but while the capture
- * of a running pod is put on: connections that are about to be found by the
- * socket iterator must not lose packets. */
-static __always_inline int judge_inbound(struct __sk_buff *skb, int strict)
+/* host_begins: is the SYN one that the host itself sends? Then the host's
+ * namespace has a connecting socket with exactly its addresses and ports. A
+ * forwarded or masqueraded SYN may have the node's address, but no such socket.
+ */
+static __always_inline int host_begins(struct __sk_buff *skb, const struct pod *pod, const struct packet *p)
 {
+	struct bpf_sock_tuple sender = {};
+	struct bpf_sock *sk;
+	int yes = 0;
+
+	mirror(p, &sender);
+	sk = bpf_skc_lookup_tcp(skb, &sender, tuple_len(p), pod->host_nsid, 0);
+	if (sk) {
+		yes = sk->state == BPF_TCP_SYN_SENT;
+		bpf_sk_release(sk);
+	}
+	return yes;
+}
+
+/* note_probe remembers the flows that the host begins, and forgets one whose
+ * tuple has changed hands. */
+static __always_inline int note_probe(struct __sk_buff *skb, __u32 id, const struct pod *pod, const struct packet *p, const struct flow *f)
+{
+	struct probe k = { .flow = *f, .pod = id };
+	__u32 one = 1;
+
+	if (host_begins(skb, pod, p)) {
+		bpf_map_update_elem(&probes, &k, &one, BPF_ANY);
+		return 1;
+	}
+	if (is_probe(id, f))
+		bpf_map_delete_elem(&probes, &k);
+	return 0;
+}
+
+/* judge_inbound decides about one packet. It is strict but while the capture
+ * of a running pod is put on or taken off: connections that are about to be
+ * found by the socket iterator must not lose packets. */
+static __always_inline int judge_inbound(struct __sk_buff *skb, __u32 id, const struct pod *pod)
+{
+	int strict = pod->mode == MODE_STRICT;
 	struct packet p = {};
 	struct flow f = {};
 	struct bpf_sock *sk;
@@ -81,33 +117,33 @@ static __always_inline int judge_inbound(struct __sk_buff *skb, int strict)
 	case NOT_TCP:
 		return TC_ACT_UNSPEC;
 	case MALFORMED:
-		count(IN_MALFORMED_DROP);
+		count(id, IN_MALFORMED_DROP);
 		return TC_ACT_SHOT;
 	}
-	if (!is_to_pod(&p)) {
-		count(IN_UNKNOWN_ADDR_DROP);
+	if (!is_to_pod(pod, &p)) {
+		count(id, IN_UNKNOWN_ADDR_DROP);
 		return TC_ACT_SHOT;
 	}
 	flow_to_pod(&p, &f);
 	if (p.syn) {
-		if (is_probe(&f)) {
-			count(PROBE_IN);
+		if (note_probe(skb, id, pod, &p, &f)) {
+			count(id, PROBE_IN);
 			return pass_probe(skb);
 		}
 		if (p.fragment) {
 			/* Reassembly forgets the assigned socket: the SYN
 			 * would reach the app. */
-			count(IN_FRAGMENT_DROP);
+			count(id, IN_FRAGMENT_DROP);
 			return TC_ACT_SHOT;
 		}
-		return to_listener(skb, &p);
+		return to_listener(skb, id, &p);
 	}
 	sk = bpf_skc_lookup_tcp(skb, &p.tuple, tuple_len(&p), BPF_F_CURRENT_NETNS, 0);
 	if (sk) {
 		listening = sk->state == BPF_TCP_LISTEN;
 		half_open = sk->state == BPF_TCP_NEW_SYN_RECV;
 		ok = !listening && may_receive(sk, &f);
-		if (!ok && is_probe(&f)) {
+		if (!ok && is_probe(id, &f)) {
 			if (!listening)
 				keep_probe(sk, &f);
 			bpf_sk_release(sk);
@@ -121,17 +157,17 @@ static __always_inline int judge_inbound(struct __sk_buff *skb, int strict)
 		if (!strict && !listening)
 			return TC_ACT_UNSPEC;
 		if (!listening && !half_open) {
-			count(IN_UNKNOWN_SOCKET_DROP);
+			count(id, IN_UNKNOWN_SOCKET_DROP);
 			return TC_ACT_SHOT;
 		}
-	} else if (is_probe(&f)) {
+	} else if (is_probe(id, &f)) {
 		return pass_probe(skb);
 	}
 	if (p.fragment) {
-		count(IN_FRAGMENT_DROP);
+		count(id, IN_FRAGMENT_DROP);
 		return TC_ACT_SHOT;
 	}
 	/* No socket yet: the ACK that completes a SYN cookie's handshake. It
 	 * goes where the SYN went, never to the app's listener. */
-	return to_listener(skb, &p);
+	return to_listener(skb, id, &p);
 }

@@ -8,7 +8,7 @@ import (
 )
 
 func TestKernelAcceptsPrograms(t *testing.T) {
-	for name, load := range map[string]func() (*ebpf.CollectionSpec, error){"capture": LoadCapture, "enrol": LoadEnrol, "sockets": LoadSockets} {
+	for name, load := range map[string]func() (*ebpf.CollectionSpec, error){"capture": LoadCapture, "lookup": LoadLookup, "sockets": LoadSockets} {
 		t.Run(name, func(t *testing.T) {
 			spec, err := load()
 			if err != nil {

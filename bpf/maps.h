@@ -2,13 +2,41 @@
 /*
  * Every map, every struct that user space sees, and every constant that the
  * loader sets. doc.go says what they mean as an ABI; nothing of it is defined
- * anywhere else. The object files share the maps through their pins.
+ * anywhere else. All maps are one for the node, and pinned.
  */
 #pragma once
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
 
-/* Keys of `listeners`: which of the proxy's sockets a new connection goes to. */
+/* What the programs do for a pod. 0 is none: a pod that is not known is stopped. */
+enum mode {
+	MODE_IDLE = 1, /* nothing: prepared, not captured */
+	MODE_ENROL,    /* new connections are captured, older ones not stopped yet */
+	MODE_STRICT,   /* captured */
+	MODE_LEAVE,    /* as ENROL, and what misses its way out is held back */
+};
+
+/* Keys of `programs`: where a gate of a pod goes on. */
+enum slot {
+	SLOT_INBOUND,
+	SLOT_GUARD_POD,
+	SLOT_GUARD_HOST,
+	SLOT_GUARD_LO,
+	SLOTS = 8,
+};
+
+#define POD_ADDRS 8
+
+/* Value of `pods`. */
+struct pod {
+	enum mode mode;
+	__u32 nsid;              /* its namespace as the host's numbers it */
+	__u32 host_nsid;         /* the host's namespace as its own numbers it */
+	__u32 ip4[POD_ADDRS];    /* network order; 0 where there is none */
+	__u32 ip6[POD_ADDRS][4]; /* network order; :: where there is none */
+};
+
+/* Which of the proxy's sockets a new connection goes to. */
 enum role {
 	ROLE_OUT4, /* outbound, :15001 */
 	ROLE_OUT6,
@@ -21,7 +49,7 @@ enum role {
 	ROLE_SLOTS = 8,
 };
 
-/* Keys of `stats`. A name ending in DROP counts packets that were dropped,
+/* What `stats` counts. A name ending in DROP counts packets that were dropped,
  * the others connections or packets that were let pass and why. */
 enum counter {
 	CAPTURED_OUT,           /* new outbound connections given to the proxy */
@@ -43,7 +71,19 @@ enum counter {
 	STRAY_DROP, /* packet that lost its way while capture was put on or off; TCP sends it again */
 	CAPTURED_DNS,      /* name queries given to the proxy */
 	DNS_NO_PROXY_DROP, /* name queries, but no socket: the proxy is gone */
+	LOOP_DROP,         /* the proxy was about to meet itself, the pod's routes are broken */
 	COUNTERS = 32,
+};
+
+/* Value of `stats`. */
+struct counters {
+	__u64 n[COUNTERS]; /* by enum counter */
+};
+
+/* Key of `listeners`. */
+struct listener {
+	__u32 pod;
+	enum role role;
 };
 
 /* One TCP flow as the pod sees it. IPv4 addresses are written as
@@ -58,7 +98,7 @@ struct flow {
 /* Key of `probes`. */
 struct probe {
 	struct flow flow;
-	__u32 pod; /* index of the pod's veth in the host namespace: no pod can use another's entry */
+	__u32 pod; /* no pod can use another's entry */
 };
 
 /* Value of `kept`: a connection of the pod's own that may bypass the proxy,
@@ -82,14 +122,41 @@ struct report {
 	__u8 local[16]; /* the socket's address, as in struct flow */
 };
 
-/* The proxy's sockets in this pod. An entry vanishes with the last descriptor
+/* Pods by the number of their network namespace, which is not used again while
+ * anything of the namespace lives. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, __u32);
+	__type(value, struct pod);
+} pods SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, __u32); /* as in `pods` */
+	__type(value, struct counters);
+} stats SEC(".maps");
+
+/* The proxy's sockets in the pods. An entry vanishes with the last descriptor
  * of the socket; a missing entry drops, so a dead proxy fails closed. */
 struct {
-	__uint(type, BPF_MAP_TYPE_SOCKMAP);
-	__uint(max_entries, ROLE_SLOTS);
-	__type(key, enum role);
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, 4096 * ROLE_SLOTS);
+	__type(key, struct listener);
 	__type(value, __u64);
 } listeners SEC(".maps");
+
+/* The packet programs. A pod has gates to them, so that exchanging one here
+ * exchanges it for all pods at once. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, SLOTS);
+	__type(key, enum slot);
+	__type(value, __u32);
+} programs SEC(".maps");
 
 /* Sockets of the proxy: they may use the wire. Written through the map's
  * descriptor, which no pod has. Accepted sockets inherit it (CLONE). */
@@ -101,7 +168,7 @@ struct {
 } blessed SEC(".maps");
 
 /* Sockets of the app that were connected before capture began, and those that
- * the host itself connected to. One map for the node; not inherited. */
+ * the host itself connected to. Not inherited. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -110,8 +177,7 @@ struct {
 } kept SEC(".maps");
 
 /* Connections that sockets of the host itself have begun towards pods: kubelet
- * probes. One map for the node; host_probe writes it, see doc.go for why a pod
- * cannot make use of it. */
+ * probes. doc.go says why a pod cannot make use of it. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 8192);
@@ -119,29 +185,42 @@ struct {
 	__type(value, __u32);
 } probes SEC(".maps");
 
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, COUNTERS);
-	__type(key, enum counter);
-	__type(value, __u64);
-} stats SEC(".maps");
-
-/* Constants of one pod, set by the loader before the verifier sees them. */
-#define POD_ADDRS 8
-const volatile __u32 pod_ip4[POD_ADDRS] = {};    /* network order; 0 ends the list */
-const volatile __u32 pod_ip6[POD_ADDRS][4] = {}; /* network order; :: ends the list */
-const volatile __u32 pod_nsid = 0;               /* the pod's namespace as the host namespace numbers it */
-const volatile __u32 pod_veth = 0;               /* index of the host's side of the veth */
-const volatile __u32 pod_dns = 0;                /* not 0: its name queries over UDP are captured */
-
 #define MARK_PROXY 0x539 /* traffic of the proxy: routed as if there were no capture */
 #define MARK_LOCAL 0x53a /* traffic that stays in the namespace, captured or not */
 #define HBONE_PORT 15008
 #define DNS_PORT 53
 
-static __always_inline void count(enum counter which)
+static __always_inline void count(__u32 id, enum counter which)
 {
-	__u64 *n = bpf_map_lookup_elem(&stats, &which);
-	if (n)
-		*n += 1;
+	struct counters *c = bpf_map_lookup_elem(&stats, &id);
+
+	if (c && which < COUNTERS)
+		__sync_fetch_and_add(&c->n[which], 1);
+}
+
+/* differs is 1 unless d is 0. Without a branch: in a loop over addresses, each
+ * would multiply the paths that the verifier walks. */
+static __always_inline __u32 differs(__u32 d)
+{
+	d = (d | -d) >> 31;
+	asm volatile("" : "+r"(d));
+	return d;
+}
+
+static __always_inline int has_ip4(const struct pod *pod, __be32 a)
+{
+	__u32 none = 1;
+
+	for (int i = 0; i < POD_ADDRS; i++)
+		none &= differs(pod->ip4[i] ^ a);
+	return !none && a;
+}
+
+static __always_inline int has_ip6(const struct pod *pod, __be32 a, __be32 b, __be32 c, __be32 d)
+{
+	__u32 none = 1;
+
+	for (int i = 0; i < POD_ADDRS; i++)
+		none &= differs((pod->ip6[i][0] ^ a) | (pod->ip6[i][1] ^ b) | (pod->ip6[i][2] ^ c) | (pod->ip6[i][3] ^ d));
+	return !none && (a | b | c | d);
 }

@@ -46,6 +46,13 @@ static __always_inline __u32 tuple_len(const struct packet *p)
 	return p->v6 ? sizeof(p->tuple.ipv6) : sizeof(p->tuple.ipv4);
 }
 
+/* is_tunnel: IP, or Ethernet, in IP. The node might unpack it, and TCP in it
+ * would have passed unseen. */
+static __always_inline int is_tunnel(__u8 protocol)
+{
+	return protocol == IPPROTO_IPIP || protocol == IPPROTO_IPV6 || protocol == IPPROTO_GRE || protocol == IPPROTO_MPLS;
+}
+
 /* parse_ipv6_extensions finds TCP behind extension headers (RFC 8200 section
  * 4). It loads byte by byte, which is slow and rare. Not inlined: that would
  * double the size of every program. */
@@ -85,7 +92,7 @@ static __noinline int parse_ipv6_extensions(struct __sk_buff *skb, struct packet
 		case 140: /* Shim6, RFC 5533 */
 			break;
 		default:
-			return NOT_TCP;
+			return is_tunnel(next) ? MALFORMED : NOT_TCP;
 		}
 		if (bpf_skb_load_bytes(skb, offset, &h, sizeof(h)))
 			return MALFORMED;
@@ -114,7 +121,7 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *p, s
 	if ((void *)(ip + 1) > end)
 		return MALFORMED;
 	if (ip->protocol != IPPROTO_TCP)
-		return NOT_TCP;
+		return is_tunnel(ip->protocol) ? MALFORMED : NOT_TCP;
 	if (ip->frag_off & bpf_htons(IP_OFFSET)) /* as for IPv6 */
 		return NOT_TCP;
 	len = ip->ihl * 4;
@@ -247,38 +254,21 @@ static __always_inline int same_flow(const struct flow *a, const struct flow *b)
 	return !differ;
 }
 
-static __always_inline int is_pod_ip4(__be32 a)
-{
-	for (int i = 0; i < POD_ADDRS; i++) {
-		if (!pod_ip4[i])
-			return 0;
-		if (pod_ip4[i] == a)
-			return 1;
-	}
-	return 0;
-}
-
-static __always_inline int is_pod_ip6(__be32 a, __be32 b, __be32 c, __be32 d)
-{
-	for (int i = 0; i < POD_ADDRS; i++) {
-		if (!(pod_ip6[i][0] | pod_ip6[i][1] | pod_ip6[i][2] | pod_ip6[i][3]))
-			return 0;
-		if (pod_ip6[i][0] == a && pod_ip6[i][1] == b && pod_ip6[i][2] == c && pod_ip6[i][3] == d)
-			return 1;
-	}
-	return 0;
-}
-
-static __always_inline int is_to_pod(const struct packet *p)
+static __always_inline int is_to_pod(const struct pod *pod, const struct packet *p)
 {
 	if (p->v6)
-		return is_pod_ip6(p->tuple.ipv6.daddr[0], p->tuple.ipv6.daddr[1], p->tuple.ipv6.daddr[2], p->tuple.ipv6.daddr[3]);
-	return is_pod_ip4(p->tuple.ipv4.daddr);
+		return has_ip6(pod, p->tuple.ipv6.daddr[0], p->tuple.ipv6.daddr[1], p->tuple.ipv6.daddr[2], p->tuple.ipv6.daddr[3]);
+	return has_ip4(pod, p->tuple.ipv4.daddr);
 }
 
-static __always_inline int is_probe(const struct flow *f)
+static __always_inline int is_loopback4(__be32 a)
 {
-	struct probe k = { .flow = *f, .pod = pod_veth };
+	return (a & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
+}
+
+static __always_inline int is_probe(__u32 id, const struct flow *f)
+{
+	struct probe k = { .flow = *f, .pod = id };
 
 	return !!bpf_map_lookup_elem(&probes, &k);
 }

@@ -1,6 +1,7 @@
 package bpf
 
 import (
+	"errors"
 	"net/netip"
 	"os"
 	"testing"
@@ -16,6 +17,9 @@ const (
 	shot = 2         // TC_ACT_SHOT
 )
 
+// noPod is the number that programs find when no gate has left one.
+const noPod = uint32(0)
+
 func load(t *testing.T) *CaptureObjects {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -30,6 +34,9 @@ func load(t *testing.T) *CaptureObjects {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { o.Close() })
+	if err := errors.Join(o.Pods.Put(noPod, CapturePod{Mode: CaptureModeMODE_STRICT}), o.Stats.Put(noPod, CaptureCounters{})); err != nil {
+		t.Fatal(err)
+	}
 	return &o
 }
 
@@ -118,7 +125,7 @@ func TestGuardsJudgeFrames(t *testing.T) {
 			for _, change := range tt.with {
 				f = change(f)
 			}
-			for name, guard := range map[string]*ebpf.Program{"pod": o.GuardPodEgress, "host": o.GuardHostIngress} {
+			for name, guard := range map[string]*ebpf.Program{"pod": o.GuardPod, "host": o.GuardHost} {
 				if got := run(t, guard, f.Bytes()); got != tt.want {
 					t.Errorf("IPv%d, %s: guard_%s returns %d, want %d", family, tt.name, name, int32(got), int32(tt.want))
 				}
@@ -128,20 +135,43 @@ func TestGuardsJudgeFrames(t *testing.T) {
 }
 
 func TestInboundRefusesForeignAddresses(t *testing.T) {
-	o := load(t) // without constants: no address is the pod's
+	o := load(t) // no address is the pod's
 	f := testnet.Frame{Src: netip.MustParseAddrPort("10.0.0.1:4000"), Dst: netip.MustParseAddrPort("10.0.0.2:80"), Flags: testnet.SYN}
-	if got := run(t, o.InboundStrict, f.Bytes()); got != shot {
+	if got := run(t, o.Inbound, f.Bytes()); got != shot {
 		t.Errorf("got %d, want %d", int32(got), shot)
 	}
-	var perCPU []uint64
-	if err := o.Stats.Lookup(uint32(CaptureCounterIN_UNKNOWN_ADDR_DROP), &perCPU); err != nil {
+	var counters CaptureCounters
+	if err := o.Stats.Lookup(noPod, &counters); err != nil {
 		t.Fatal(err)
 	}
-	var n uint64
-	for _, c := range perCPU {
-		n += c
-	}
-	if n != 1 {
+	if n := counters.N[CaptureCounterIN_UNKNOWN_ADDR_DROP]; n != 1 {
 		t.Errorf("counted %d drops, want 1", n)
+	}
+}
+
+// TestPodsThatAreNotKnown: a gate of a pod that is not in the map lets nothing
+// through, nor does one with a mode that is none; an idle one stops nothing.
+func TestPodsThatAreNotKnown(t *testing.T) {
+	o := load(t)
+	f := testnet.Frame{Src: netip.MustParseAddrPort("10.0.0.1:4000"), Dst: netip.MustParseAddrPort("10.0.0.2:80"), Flags: testnet.SYN}
+	programs := map[string]*ebpf.Program{"inbound": o.Inbound, "guard_pod": o.GuardPod, "guard_host": o.GuardHost}
+	for _, tt := range []struct {
+		name   string
+		change func() error
+		want   uint32
+	}{
+		{"idle", func() error { return o.Pods.Put(noPod, CapturePod{Mode: CaptureModeMODE_IDLE}) }, pass},
+		{"no mode", func() error { return o.Pods.Put(noPod, CapturePod{}) }, shot},
+		{"a mode that is none", func() error { return o.Pods.Put(noPod, CapturePod{Mode: 99}) }, shot},
+		{"no pod", func() error { return o.Pods.Delete(noPod) }, shot},
+	} {
+		if err := tt.change(); err != nil {
+			t.Fatal(err)
+		}
+		for name, p := range programs {
+			if got := run(t, p, f.Bytes()); got != tt.want {
+				t.Errorf("%s: %s returns %d, want %d", tt.name, name, int32(got), int32(tt.want))
+			}
+		}
 	}
 }

@@ -13,30 +13,10 @@ import (
 	"github.com/cilium/ebpf"
 )
 
-type SocketsCounter uint32
-
-const (
-	SocketsCounterCAPTURED_OUT              SocketsCounter = 0
-	SocketsCounterCAPTURED_IN               SocketsCounter = 1
-	SocketsCounterCAPTURED_HBONE            SocketsCounter = 2
-	SocketsCounterPROBE_IN                  SocketsCounter = 3
-	SocketsCounterOUT_NO_PROXY_DROP         SocketsCounter = 4
-	SocketsCounterIN_NO_PROXY_DROP          SocketsCounter = 5
-	SocketsCounterIN_UNKNOWN_SOCKET_DROP    SocketsCounter = 6
-	SocketsCounterIN_UNKNOWN_ADDR_DROP      SocketsCounter = 7
-	SocketsCounterIN_FRAGMENT_DROP          SocketsCounter = 8
-	SocketsCounterIN_MALFORMED_DROP         SocketsCounter = 9
-	SocketsCounterPOD_GUARD_SYN_DROP        SocketsCounter = 10
-	SocketsCounterPOD_GUARD_DATA_DROP       SocketsCounter = 11
-	SocketsCounterPOD_GUARD_MALFORMED_DROP  SocketsCounter = 12
-	SocketsCounterHOST_GUARD_SYN_DROP       SocketsCounter = 13
-	SocketsCounterHOST_GUARD_DATA_DROP      SocketsCounter = 14
-	SocketsCounterHOST_GUARD_MALFORMED_DROP SocketsCounter = 15
-	SocketsCounterSTRAY_DROP                SocketsCounter = 16
-	SocketsCounterCAPTURED_DNS              SocketsCounter = 17
-	SocketsCounterDNS_NO_PROXY_DROP         SocketsCounter = 18
-	SocketsCounterCOUNTERS                  SocketsCounter = 32
-)
+type SocketsCounters struct {
+	_ structs.HostLayout
+	N [32]uint64
+}
 
 type SocketsExemption struct {
 	_    structs.HostLayout
@@ -50,6 +30,12 @@ type SocketsExemption struct {
 	SynOk uint32
 }
 
+type SocketsListener struct {
+	_    structs.HostLayout
+	Pod  uint32
+	Role uint32
+}
+
 type SocketsOutcome uint32
 
 const (
@@ -57,6 +43,15 @@ const (
 	SocketsOutcomeOUTCOME_PENDING SocketsOutcome = 2
 	SocketsOutcomeOUTCOME_FAILED  SocketsOutcome = 3
 )
+
+type SocketsPod struct {
+	_        structs.HostLayout
+	Mode     uint32
+	Nsid     uint32
+	HostNsid uint32
+	Ip4      [8]uint32
+	Ip6      [8][4]uint32
+}
 
 type SocketsProbe struct {
 	_    structs.HostLayout
@@ -76,18 +71,14 @@ type SocketsReport struct {
 	Local   [16]uint8
 }
 
-type SocketsRole uint32
+type SocketsSlot uint32
 
 const (
-	SocketsRoleROLE_OUT4  SocketsRole = 0
-	SocketsRoleROLE_OUT6  SocketsRole = 1
-	SocketsRoleROLE_IN4   SocketsRole = 2
-	SocketsRoleROLE_IN6   SocketsRole = 3
-	SocketsRoleROLE_HB4   SocketsRole = 4
-	SocketsRoleROLE_HB6   SocketsRole = 5
-	SocketsRoleROLE_DNS4  SocketsRole = 6
-	SocketsRoleROLE_DNS6  SocketsRole = 7
-	SocketsRoleROLE_SLOTS SocketsRole = 8
+	SocketsSlotSLOT_INBOUND    SocketsSlot = 0
+	SocketsSlotSLOT_GUARD_POD  SocketsSlot = 1
+	SocketsSlotSLOT_GUARD_HOST SocketsSlot = 2
+	SocketsSlotSLOT_GUARD_LO   SocketsSlot = 3
+	SocketsSlotSLOTS           SocketsSlot = 8
 )
 
 // Names of all BPF objects in the ELF.
@@ -97,16 +88,13 @@ const (
 	SocketsMapBlessed   = "blessed"
 	SocketsMapKept      = "kept"
 	SocketsMapListeners = "listeners"
+	SocketsMapPods      = "pods"
 	SocketsMapProbes    = "probes"
+	SocketsMapPrograms  = "programs"
 	SocketsMapStats     = "stats"
 	SocketsProgDestroy  = "destroy"
 	SocketsProgDrain    = "drain"
 	SocketsProgKeep     = "keep"
-	SocketsVarPodDns    = "pod_dns"
-	SocketsVarPodIp4    = "pod_ip4"
-	SocketsVarPodIp6    = "pod_ip6"
-	SocketsVarPodNsid   = "pod_nsid"
-	SocketsVarPodVeth   = "pod_veth"
 )
 
 // LoadSockets returns the embedded CollectionSpec for Sockets.
@@ -163,7 +151,9 @@ type SocketsMapSpecs struct {
 	Blessed   *ebpf.MapSpec `ebpf:"blessed"`
 	Kept      *ebpf.MapSpec `ebpf:"kept"`
 	Listeners *ebpf.MapSpec `ebpf:"listeners"`
+	Pods      *ebpf.MapSpec `ebpf:"pods"`
 	Probes    *ebpf.MapSpec `ebpf:"probes"`
+	Programs  *ebpf.MapSpec `ebpf:"programs"`
 	Stats     *ebpf.MapSpec `ebpf:"stats"`
 }
 
@@ -171,11 +161,6 @@ type SocketsMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SocketsVariableSpecs struct {
-	PodDns  *ebpf.VariableSpec `ebpf:"pod_dns"`
-	PodIp4  *ebpf.VariableSpec `ebpf:"pod_ip4"`
-	PodIp6  *ebpf.VariableSpec `ebpf:"pod_ip6"`
-	PodNsid *ebpf.VariableSpec `ebpf:"pod_nsid"`
-	PodVeth *ebpf.VariableSpec `ebpf:"pod_veth"`
 }
 
 // SocketsObjects contains all objects after they have been loaded into the kernel.
@@ -201,7 +186,9 @@ type SocketsMaps struct {
 	Blessed   *ebpf.Map `ebpf:"blessed"`
 	Kept      *ebpf.Map `ebpf:"kept"`
 	Listeners *ebpf.Map `ebpf:"listeners"`
+	Pods      *ebpf.Map `ebpf:"pods"`
 	Probes    *ebpf.Map `ebpf:"probes"`
+	Programs  *ebpf.Map `ebpf:"programs"`
 	Stats     *ebpf.Map `ebpf:"stats"`
 }
 
@@ -210,7 +197,9 @@ func (m *SocketsMaps) Close() error {
 		m.Blessed,
 		m.Kept,
 		m.Listeners,
+		m.Pods,
 		m.Probes,
+		m.Programs,
 		m.Stats,
 	)
 }
@@ -219,11 +208,6 @@ func (m *SocketsMaps) Close() error {
 //
 // It can be passed to LoadSocketsObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SocketsVariables struct {
-	PodDns  *ebpf.Variable `ebpf:"pod_dns"`
-	PodIp4  *ebpf.Variable `ebpf:"pod_ip4"`
-	PodIp6  *ebpf.Variable `ebpf:"pod_ip6"`
-	PodNsid *ebpf.Variable `ebpf:"pod_nsid"`
-	PodVeth *ebpf.Variable `ebpf:"pod_veth"`
 }
 
 // SocketsPrograms contains all programs after they have been loaded into the kernel.

@@ -78,11 +78,11 @@ func (p *Pod) attachClosed() error {
 			return err
 		}
 	}
-	for _, pin := range []string{pinGuardHost, pinGuardPod, pinInbound, pinHostProbe, pinSkLookup} {
-		h := p.hook(pin)
-		if err := p.put(h, p.programs[h.program]); err != nil {
-			return err
-		}
+	if err := p.setMode(bpf.CaptureModeMODE_STRICT); err != nil {
+		return err
+	}
+	if err := p.hookUp(); err != nil {
+		return err
 	}
 	if err := p.c.acceptMark(p.ns); err != nil {
 		return err
@@ -99,46 +99,45 @@ func (p *Pod) attachClosed() error {
 	return p.markCaptured()
 }
 
+// hookUp attaches all programs. What they do is said by the pod's mode.
+func (p *Pod) hookUp() error {
+	for _, h := range p.hooks() {
+		if err := p.put(h, p.programs[h.program]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // attachRunning captures a pod that has connections. The order loses no packet
 // that TCP would not send again, and resets nothing:
 //
-//	what changes nothing by itself    tcp_fwmark_accept, rule 99, sk_lookup, host_probe
-//	hold_lo                           a stray packet is lost, not reset
+//	what changes nothing by itself    programs in mode idle, tcp_fwmark_accept, rule 99
 //	pass 1                            keep what is connected or connecting
-//	inbound_lenient                   new connections in are captured
+//	mode enrol                        new connections in are captured; a stray packet is lost, not reset
 //	rules 100 to 102                  new connections out are captured
 //	pass 2, repeated                  keep what came to be since pass 1
-//	inbound_strict, guards            nothing else passes
+//	mode strict                       nothing else passes
 //	pass 3                            keep what came to be since pass 2
+//
+// To attach a program takes a grace period of RCU, to change the mode does not:
+// so nothing of the pod is touched until all are there.
 func (p *Pod) attachRunning(ctx context.Context, existing Existing) error {
-	enrol, err := p.loadEnrol(bpf.EnrolProgInboundLenient, bpf.EnrolProgHoldLo)
-	if err != nil {
+	if err := p.hookUp(); err != nil {
 		return err
 	}
-	defer enrol.close()
 	if err := p.c.acceptMark(p.ns); err != nil {
 		return err
 	}
 	if err := p.place.addLocal(p.ns); err != nil {
 		return err
 	}
-	for _, pin := range []string{pinSkLookup, pinHostProbe} {
-		h := p.hook(pin)
-		if err := p.put(h, p.programs[h.program]); err != nil {
-			return err
-		}
-	}
-	release, err := enrol.holdLo()
-	if err != nil {
-		return err
-	}
-	defer release()
 	if existing == Keep {
 		if _, err := p.walk(bpf.SocketsProgKeep); err != nil {
 			return err
 		}
 	}
-	if err := p.put(p.hook(pinInbound), enrol.program(bpf.EnrolProgInboundLenient)); err != nil {
+	if err := p.setMode(bpf.CaptureModeMODE_ENROL); err != nil {
 		return err
 	}
 	if err := p.place.addCapture(p.ns); err != nil {
@@ -149,11 +148,8 @@ func (p *Pod) attachRunning(ctx context.Context, existing Existing) error {
 			return err
 		}
 	}
-	for _, pin := range []string{pinInbound, pinGuardPod, pinGuardHost} {
-		h := p.hook(pin)
-		if err := p.put(h, p.programs[h.program]); err != nil {
-			return err
-		}
+	if err := p.setMode(bpf.CaptureModeMODE_STRICT); err != nil {
+		return err
 	}
 	last := bpf.SocketsProgKeep
 	if existing == Reset {

@@ -19,6 +19,7 @@ import (
 	"strings"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"github.com/weft-mesh/weft/bpf"
 	"github.com/weft-mesh/weft/internal/netns"
@@ -44,9 +45,8 @@ type Capture struct {
 	cfg    Config
 	log    *slog.Logger
 	hostID netns.ID
-	spec   *ebpf.CollectionSpec // read-only; copied for each pod
-	enrol  *ebpf.CollectionSpec // the same, for the short programs of a running pod
-	shared map[string]*ebpf.Map // by name in the programs; what all pods share
+	lookup *ebpf.CollectionSpec // read-only; copied for each pod
+	maps   map[string]*ebpf.Map // by name in the programs
 	// walkers are the socket iterators. They are nil where the kernel cannot
 	// load them, and noWalkers is why.
 	walkers   *ebpf.Collection
@@ -55,7 +55,7 @@ type Capture struct {
 
 // New reads the programs and opens what the pods share. It captures nothing.
 func New(cfg Config) (*Capture, error) {
-	c := &Capture{cfg: cfg, log: cfg.Log, shared: map[string]*ebpf.Map{}}
+	c := &Capture{cfg: cfg, log: cfg.Log, maps: map[string]*ebpf.Map{}}
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
 	}
@@ -73,23 +73,70 @@ func (c *Capture) start() (err error) {
 	if c.hostID, err = c.cfg.HostNS.ID(); err != nil {
 		return fmt.Errorf("host namespace: %w", err)
 	}
-	if c.spec, err = bpf.LoadCapture(); err != nil {
+	for _, dir := range []string{c.podsDir(), c.mapsDir()} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return fmt.Errorf("make the directory of pins (is %s in a bpf file system that is mounted writable?): %w", c.cfg.BPFRoot, err)
+		}
+	}
+	if err := c.loadPrograms(); err != nil {
+		return err
+	}
+	if c.lookup, err = bpf.LoadLookup(); err != nil {
 		return fmt.Errorf("read programs: %w", err)
 	}
-	if c.enrol, err = bpf.LoadEnrol(); err != nil {
+	c.pruneMaps(c.lookup, bpf.LookupMapListeners, bpf.LookupMapStats)
+	return c.loadWalkers()
+}
+
+// loadPrograms opens the maps, loads the packet programs, and makes them those
+// of all pods, also of pods that an agent before has captured.
+func (c *Capture) loadPrograms() error {
+	spec, err := bpf.LoadCapture()
+	if err != nil {
 		return fmt.Errorf("read programs: %w", err)
 	}
-	if err := os.MkdirAll(c.podsDir(), 0o700); err != nil {
-		return fmt.Errorf("make the directory of pins (is %s in a bpf file system that is mounted writable?): %w", c.cfg.BPFRoot, err)
-	}
-	for _, name := range []string{bpf.CaptureMapKept, bpf.CaptureMapProbes} {
-		m, err := loadOrCreate(filepath.Join(c.cfg.BPFRoot, name), c.spec.Maps[name])
-		if err != nil {
+	for name, m := range spec.Maps {
+		if internal(name) {
+			continue
+		}
+		if c.maps[name], err = loadOrCreate(filepath.Join(c.mapsDir(), name), m); err != nil {
+			delete(c.maps, name)
 			return err
 		}
-		c.shared[name] = m
 	}
-	return c.loadWalkers()
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: c.maps})
+	if err != nil {
+		return fmt.Errorf("load programs into the kernel: %w", err)
+	}
+	defer coll.Close()
+	for name, slot := range slots() {
+		if err := c.maps[bpf.CaptureMapPrograms].Put(uint32(slot), coll.Programs[name]); err != nil {
+			return fmt.Errorf("make %s the program of all pods: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// internal: is it a map of the compiler's, not one of ours?
+func internal(name string) bool { return strings.HasPrefix(name, ".") }
+
+// pruneMaps takes all maps out of spec but those with the given names, of which
+// it then has ours. The header declares all maps to all objects.
+func (c *Capture) pruneMaps(spec *ebpf.CollectionSpec, names ...string) {
+	for name := range spec.Maps {
+		if !internal(name) && !slices.Contains(names, name) {
+			delete(spec.Maps, name)
+		}
+	}
+}
+
+// with returns options with which a collection uses our maps of these names.
+func (c *Capture) with(names ...string) ebpf.CollectionOptions {
+	have := map[string]*ebpf.Map{}
+	for _, name := range names {
+		have[name] = c.maps[name]
+	}
+	return ebpf.CollectionOptions{MapReplacements: have}
 }
 
 // loadWalkers loads the socket iterators. New pods are captured without them,
@@ -99,23 +146,17 @@ func (c *Capture) loadWalkers() error {
 	if err != nil {
 		return fmt.Errorf("read programs: %w", err)
 	}
-	for name := range spec.Maps {
-		// The header declares all maps; the iterators use one, and constants.
-		if name != bpf.SocketsMapKept && !strings.HasPrefix(name, ".") {
-			delete(spec.Maps, name)
-		}
-	}
-	kept := map[string]*ebpf.Map{bpf.SocketsMapKept: c.shared[bpf.CaptureMapKept]}
-	c.walkers, c.noWalkers = ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: kept})
+	c.pruneMaps(spec, bpf.SocketsMapKept)
+	c.walkers, c.noWalkers = ebpf.NewCollectionWithOptions(spec, c.with(bpf.SocketsMapKept))
 	return nil
 }
 
 // Close closes descriptors. Pods stay captured.
 func (c *Capture) Close() error {
 	var errs []error
-	for name, m := range c.shared {
+	for name, m := range c.maps {
 		errs = append(errs, m.Close())
-		delete(c.shared, name)
+		delete(c.maps, name)
 	}
 	if c.walkers != nil {
 		c.walkers.Close()
@@ -125,6 +166,7 @@ func (c *Capture) Close() error {
 }
 
 func (c *Capture) podsDir() string { return filepath.Join(c.cfg.BPFRoot, "pods") }
+func (c *Capture) mapsDir() string { return filepath.Join(c.cfg.BPFRoot, "maps") }
 
 // Pinned returns the UIDs of the pods that have pins, captured or begun, in
 // order. After a restart of the agent, those that still run are to be given to
@@ -149,10 +191,58 @@ func (c *Capture) Forget(uid string) error {
 	if err := checkUID(uid); err != nil {
 		return fmt.Errorf("forget pod: %w", err)
 	}
-	if err := os.RemoveAll(filepath.Join(c.podsDir(), uid)); err != nil {
-		return fmt.Errorf("forget pod %s: remove pins: %w", uid, err)
+	if err := c.forgetSandboxes(filepath.Join(c.podsDir(), uid), ""); err != nil {
+		return fmt.Errorf("forget pod %s: %w", uid, err)
 	}
 	return nil
+}
+
+// forgetSandboxes removes a pod's directory of pins and its entries in maps,
+// unless they belong to the sandbox that is to stay.
+func (c *Capture) forgetSandboxes(dir, stay string) error {
+	list, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("list pins: %w", err)
+	}
+	var ids []uint32
+	for _, e := range list {
+		if id, ok := sandboxID(e.Name()); ok && e.Name() != stay {
+			ids = append(ids, id)
+		}
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("remove pins: %w", err)
+	}
+	for _, id := range ids {
+		if err := c.removeEntries(id); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// removeEntries removes a pod from the maps. Nothing of it may be attached.
+func (c *Capture) removeEntries(id uint32) error {
+	if used, err := c.usedByAnother(id); used || err != nil {
+		return err
+	}
+	errs := []error{c.maps[bpf.CaptureMapPods].Delete(id), c.maps[bpf.CaptureMapStats].Delete(id)}
+	for r := range bpf.CaptureRoleROLE_SLOTS {
+		errs = append(errs, c.maps[bpf.CaptureMapListeners].Delete(bpf.CaptureListener{Pod: id, Role: r}))
+	}
+	for _, err := range errs {
+		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("remove the pod from the maps: %w", err)
+		}
+	}
+	return nil
+}
+
+// usedByAnother reports whether a pod that is pinned has this number: kernels
+// without namespace cookies give a number again when its namespace has ended.
+func (c *Capture) usedByAnother(id uint32) (bool, error) {
+	found, err := filepath.Glob(filepath.Join(c.podsDir(), "*", fmt.Sprintf("netns_*_%d", id)))
+	return len(found) > 0, err
 }
 
 // checkUID refuses what is no file name of the bpf file system, which reserves

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"time"
 
 	"github.com/weft-mesh/weft/bpf"
@@ -29,33 +28,20 @@ func (p *Pod) Detach(ctx context.Context) error {
 	return nil
 }
 
-// detach is attachRunning backwards: hold_wire loses the packets of captured
-// connections that miss the rule before drain has marked their sockets.
+// detach is attachRunning backwards: in mode leave, packets of captured
+// connections that miss the rule before drain has marked their sockets are lost,
+// not sent.
 func (p *Pod) detach(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	enrol, err := p.loadEnrol(bpf.EnrolProgInboundLenient, bpf.EnrolProgHoldWire)
-	if err != nil {
-		return err
+	if !exists(p.dir) {
+		return p.listeners.Close()
 	}
-	defer enrol.close()
 	if err := p.unmarkCaptured(); err != nil {
 		return err
 	}
-	for pin, program := range map[string]string{pinGuardPod: bpf.EnrolProgHoldWire, pinInbound: bpf.EnrolProgInboundLenient} {
-		h := p.hook(pin)
-		if l, err := p.pinned(h); err != nil || l == nil {
-			if err != nil {
-				return err
-			}
-			continue
-		}
-		if err := p.put(h, enrol.program(program)); err != nil {
-			return err
-		}
-	}
-	if err := p.drop(pinGuardHost); err != nil {
+	if err := p.setMode(bpf.CaptureModeMODE_LEAVE); err != nil {
 		return err
 	}
 	if _, err := p.walk(bpf.SocketsProgDrain); err != nil {
@@ -67,13 +53,13 @@ func (p *Pod) detach(ctx context.Context) error {
 	if _, err := p.walk(bpf.SocketsProgDrain); err != nil {
 		return err
 	}
-	for _, pin := range []string{pinInbound, pinGuardPod, pinHostProbe, pinSkLookup} {
-		if err := p.drop(pin); err != nil {
+	for _, h := range p.hooks() {
+		if err := p.drop(h.pin); err != nil {
 			return err
 		}
 	}
-	if err := os.RemoveAll(p.dir); err != nil {
-		return fmt.Errorf("remove pins: %w", err)
+	if err := p.c.forgetSandboxes(p.dir, ""); err != nil {
+		return err
 	}
 	return p.listeners.Close()
 }

@@ -10,49 +10,11 @@ import (
 	"slices"
 	"time"
 
-	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/weft-mesh/weft/bpf"
 )
-
-// An enrolment holds a pod's programs that are needed only while capture is put
-// on it, when it runs already, or taken off.
-type enrolment struct {
-	p    *Pod
-	coll *ebpf.Collection
-}
-
-// loadEnrol loads the named ones.
-func (p *Pod) loadEnrol(names ...string) (*enrolment, error) {
-	spec := p.c.enrol.Copy()
-	for name := range spec.Programs {
-		if !slices.Contains(names, name) {
-			delete(spec.Programs, name)
-		}
-	}
-	coll, err := p.collection(spec)
-	if err != nil {
-		return nil, err
-	}
-	return &enrolment{p: p, coll: coll}, nil
-}
-
-func (e *enrolment) close() { e.coll.Close() }
-
-func (e *enrolment) program(name string) *ebpf.Program { return e.coll.Programs[name] }
-
-// holdLo attaches hold_lo until release is called. It is not pinned: if the
-// agent dies meanwhile, it goes too.
-func (e *enrolment) holdLo() (release func(), err error) {
-	const lo = 1 // the loopback's index in every namespace
-	l, err := attachTCX(e.p.ns, lo, e.program(bpf.EnrolProgHoldLo), ebpf.AttachTCXIngress)
-	if err != nil {
-		return nil, fmt.Errorf("attach hold_lo: %w", err)
-	}
-	return func() { l.Close() }, nil
-}
 
 // A tally is what an iterator did.
 type tally struct {

@@ -18,19 +18,24 @@ import (
 // A hook is a place where a program of the pod is attached by a pinned link.
 type hook struct {
 	pin     string
-	program string          // of the capture programs
+	program string          // in Pod.programs
 	index   int             // interface; 0 for the hook of the namespace itself
 	host    bool            // in the host's namespace
 	kind    ebpf.AttachType // of an interface's hook
 }
 
+// loopback is the index of lo in every namespace.
+const loopback = 1
+
+// hooks returns the hooks of a captured pod, in the order in which they are
+// attached: what keeps most in comes first.
 func (p *Pod) hooks() []hook {
 	return []hook{
-		{pin: pinSkLookup, program: bpf.CaptureProgMeshLookup},
-		{pin: pinHostProbe, program: bpf.CaptureProgHostProbe, index: p.place.veth, host: true, kind: ebpf.AttachTCXEgress},
-		{pin: pinInbound, program: bpf.CaptureProgInboundStrict, index: p.place.eth0, kind: ebpf.AttachTCXIngress},
-		{pin: pinGuardPod, program: bpf.CaptureProgGuardPodEgress, index: p.place.eth0, kind: ebpf.AttachTCXEgress},
-		{pin: pinGuardHost, program: bpf.CaptureProgGuardHostIngress, index: p.place.veth, host: true, kind: ebpf.AttachTCXIngress},
+		{pin: pinGuardHost, program: bpf.CaptureProgGuardHost, index: p.place.veth, host: true, kind: ebpf.AttachTCXIngress},
+		{pin: pinInbound, program: bpf.CaptureProgInbound, index: p.place.eth0, kind: ebpf.AttachTCXIngress},
+		{pin: pinGuardPod, program: bpf.CaptureProgGuardPod, index: p.place.eth0, kind: ebpf.AttachTCXEgress},
+		{pin: pinGuardLo, program: bpf.CaptureProgGuardLo, index: loopback, kind: ebpf.AttachTCXEgress},
+		{pin: pinSkLookup, program: bpf.LookupProgMeshLookup},
 	}
 }
 
@@ -168,6 +173,9 @@ func (p *Pod) unmarkCaptured() error {
 // captured reports whether an earlier Attach, perhaps of another agent, has
 // run to its end and every link of it still holds.
 func (p *Pod) captured() (bool, error) {
+	if e, err := p.entry(); err != nil || e.Mode != bpf.CaptureModeMODE_STRICT {
+		return false, err
+	}
 	if _, err := os.Stat(filepath.Join(p.dir, pinCaptured)); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
 			return false, nil

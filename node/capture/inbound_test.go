@@ -92,7 +92,7 @@ func TestProbesOfTheHostPass(t *testing.T) {
 func evict(t *testing.T, c *Capture) {
 	t.Helper()
 	var key [40]byte
-	probes := c.shared[bpf.CaptureMapProbes]
+	probes := c.maps[bpf.CaptureMapProbes]
 	for probes.NextKey(nil, &key) == nil {
 		if err := probes.Delete(key); err != nil {
 			t.Fatal(err)

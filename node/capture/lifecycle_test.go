@@ -387,7 +387,7 @@ func TestHalfDoneIsNotCaptured(t *testing.T) {
 	s.apps()
 	k := s.open()
 	p, x := s.captured(Mode{Existing: Keep})
-	for _, missing := range []string{pinCaptured, pinGuardHost, pinGuardPod, pinInbound, pinHostProbe, pinSkLookup} {
+	for _, missing := range []string{pinCaptured, pinGuardHost, pinGuardPod, pinInbound, pinGuardLo, pinSkLookup} {
 		if err := p.unmarkCaptured(); err != nil {
 			t.Fatal(err)
 		}

@@ -300,7 +300,7 @@ func (r role) check(f *os.File, cookie uint64) error {
 }
 
 // enlist blesses the listeners and gives them to the programs.
-func enlist(roles []role, l Listeners, listeners, blessed *ebpf.Map) error {
+func enlist(pod uint32, roles []role, l Listeners, listeners, blessed *ebpf.Map) error {
 	for _, r := range roles {
 		fd := l[r.slot].Fd()
 		if r.wire {
@@ -308,7 +308,7 @@ func enlist(roles []role, l Listeners, listeners, blessed *ebpf.Map) error {
 				return fmt.Errorf("bless listener %v: %w", r, err)
 			}
 		}
-		if err := listeners.Put(uint32(r.slot), uint64(fd)); err != nil {
+		if err := listeners.Put(bpf.CaptureListener{Pod: pod, Role: r.slot}, uint64(fd)); err != nil {
 			return fmt.Errorf("enter listener %v into the map: %w", r, err)
 		}
 	}

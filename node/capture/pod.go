@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"path/filepath"
 	"sync"
@@ -27,11 +26,12 @@ type Pod struct {
 	place place
 	roles []role
 
+	id uint32 // in the maps
+
 	mu        sync.Mutex
 	noDNS     bool // CaptureDNS has turned it off
 	ns        *netns.NS
-	maps      map[string]*ebpf.Map // by name in the programs; the pod's own
-	programs  map[string]*ebpf.Program
+	programs  map[string]*ebpf.Program // by name, or the name of what they are a gate to
 	listeners Listeners
 	links     map[string]link.Link // by pin name; open so that Info can be asked
 }
@@ -43,18 +43,13 @@ const (
 	pinInbound   = "inbound"
 	pinGuardPod  = "guard_pod"
 	pinGuardHost = "guard_host"
-	pinHostProbe = "host_probe"
+	pinGuardLo   = "guard_lo"
 	pinCaptured  = "captured"
 )
 
-// podMaps are the maps that each pod has its own of, and their pins' names.
-func podMaps() []string {
-	return []string{bpf.CaptureMapListeners, bpf.CaptureMapBlessed, bpf.CaptureMapStats}
-}
-
-// Prepare readies a pod for capture: it loads the programs into the kernel,
-// pins the maps, and makes the proxy's listeners in the pod's namespace, or
-// takes those that a proxy has kept if held is not nil. It changes nothing for
+// Prepare readies a pod for capture: it tells the programs about the pod and
+// makes the proxy's listeners in the pod's namespace, or takes those that a
+// proxy has kept if held is not nil. It changes nothing for
 // the pod's traffic. If the pod is captured already, it stays so, and Prepare
 // picks it up; Attach then brings it to this version of the programs.
 //
@@ -63,7 +58,7 @@ func (c *Capture) Prepare(ctx context.Context, t Target, held *Listeners) (*Pod,
 	if err := checkUID(t.UID); err != nil {
 		return nil, fmt.Errorf("prepare capture: %w", err)
 	}
-	p := &Pod{c: c, uid: t.UID, dir: filepath.Join(c.podsDir(), t.UID), maps: map[string]*ebpf.Map{}, links: map[string]link.Link{}}
+	p := &Pod{c: c, uid: t.UID, dir: filepath.Join(c.podsDir(), t.UID), programs: map[string]*ebpf.Program{}, links: map[string]link.Link{}}
 	if err := p.prepare(ctx, t, held); err != nil {
 		p.Close()
 		return nil, fmt.Errorf("prepare capture of pod %s: %w", t.UID, err)
@@ -86,16 +81,16 @@ func (p *Pod) prepare(ctx context.Context, t Target, held *Listeners) (err error
 	if p.ns, err = dupNS(f); err != nil {
 		return err
 	}
-	fresh, err := p.openMaps()
+	fresh, err := p.claim()
 	defer func() {
 		if err != nil && fresh {
-			os.RemoveAll(p.dir) // nothing was attached: leave no trace
+			p.c.forgetSandboxes(p.dir, "") // nothing was attached: leave no trace
 		}
 	}()
 	if err != nil {
 		return err
 	}
-	if p.programs, err = p.load(p.c.spec); err != nil {
+	if err = p.load(); err != nil {
 		return err
 	}
 	if held != nil {
@@ -106,7 +101,7 @@ func (p *Pod) prepare(ctx context.Context, t Target, held *Listeners) (err error
 	if err != nil {
 		return err
 	}
-	return enlist(p.roles, p.listeners, p.maps[bpf.CaptureMapListeners], p.maps[bpf.CaptureMapBlessed])
+	return enlist(p.id, p.roles, p.listeners, p.c.maps[bpf.CaptureMapListeners], p.c.maps[bpf.CaptureMapBlessed])
 }
 
 func dupNS(f *os.File) (*netns.NS, error) {
@@ -118,67 +113,89 @@ func dupNS(f *os.File) (*netns.NS, error) {
 	return netns.FromFD(fd)
 }
 
-// openMaps opens the pod's pinned maps and makes those that are missing. fresh
+// claim makes the pod's directory of pins and its entries in the maps. fresh
 // says that nothing was pinned for this sandbox of the pod.
 //
 // A pod whose sandbox is made anew keeps its UID and gets another namespace.
 // What was pinned for the old one is removed: an interface's index alone would
 // not tell the two apart.
-func (p *Pod) openMaps() (fresh bool, err error) {
+func (p *Pod) claim() (fresh bool, err error) {
 	cookie, err := netnsCookie(p.ns)
 	if err != nil {
 		return false, err
 	}
-	sandbox := filepath.Join(p.dir, fmt.Sprintf("netns_%d", cookie))
-	if !exists(sandbox) {
-		fresh = true
-		if err := os.RemoveAll(p.dir); err != nil {
-			return false, fmt.Errorf("remove the pins of an earlier sandbox: %w", err)
+	id, err := p.ns.ID()
+	if err != nil {
+		return false, err
+	}
+	if p.id = uint32(cookie); p.id == 0 {
+		p.id = uint32(id.Ino)
+	}
+	name := sandboxName(cookie, p.id)
+	if fresh = !exists(filepath.Join(p.dir, name)); fresh {
+		if err := p.c.forgetSandboxes(p.dir, name); err != nil {
+			return false, fmt.Errorf("an earlier sandbox: %w", err)
 		}
-		if err := os.MkdirAll(sandbox, 0o700); err != nil {
+		if err := os.MkdirAll(filepath.Join(p.dir, name), 0o700); err != nil {
 			return false, fmt.Errorf("make the directory of pins: %w", err)
 		}
 	}
-	for _, name := range podMaps() {
-		m, err := loadOrCreate(filepath.Join(p.dir, name), p.c.spec.Maps[name])
-		if err != nil {
-			return fresh, err
-		}
-		p.maps[name] = m
+	return fresh, p.enter(fresh)
+}
+
+// enter writes the pod into the maps. If it is there it keeps its mode.
+func (p *Pod) enter(fresh bool) error {
+	entry, err := p.place.entry()
+	if err != nil {
+		return err
 	}
-	return fresh, nil
+	entry.Mode = bpf.CaptureModeMODE_IDLE
+	if have, err := p.entry(); err == nil && !fresh {
+		entry.Mode = have.Mode
+	}
+	if err := p.c.maps[bpf.CaptureMapPods].Put(p.id, entry); err != nil {
+		return fmt.Errorf("enter the pod into the map of pods: %w", err)
+	}
+	err = p.c.maps[bpf.CaptureMapStats].Update(p.id, bpf.CaptureCounters{}, ebpf.UpdateNoExist)
+	if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+		return fmt.Errorf("make the pod's counters: %w", err)
+	}
+	return nil
+}
+
+func (p *Pod) entry() (e bpf.CapturePod, err error) {
+	if err := p.c.maps[bpf.CaptureMapPods].Lookup(p.id, &e); err != nil {
+		return e, fmt.Errorf("find the pod in the map of pods: %w", err)
+	}
+	return e, nil
+}
+
+// setMode changes at once what all programs do for the pod.
+func (p *Pod) setMode(m bpf.CaptureMode) error {
+	e, err := p.entry()
+	if err != nil {
+		return err
+	}
+	e.Mode = m
+	if err := p.c.maps[bpf.CaptureMapPods].Put(p.id, e); err != nil {
+		return fmt.Errorf("change the pod's mode: %w", err)
+	}
+	return nil
+}
+
+func sandboxName(cookie uint64, id uint32) string { return fmt.Sprintf("netns_%d_%d", cookie, id) }
+
+// sandboxID returns the number of the pod whose directory of pins has an entry
+// with this name.
+func sandboxID(name string) (id uint32, ok bool) {
+	var cookie uint64
+	n, err := fmt.Sscanf(name, "netns_%d_%d", &cookie, &id)
+	return id, n == 2 && err == nil
 }
 
 func exists(path string) bool {
 	_, err := os.Lstat(path)
 	return err == nil
-}
-
-// load puts the programs of spec into the kernel, with the pod's maps and
-// constants.
-func (p *Pod) load(spec *ebpf.CollectionSpec) (map[string]*ebpf.Program, error) {
-	coll, err := p.collection(spec)
-	if err != nil {
-		return nil, err
-	}
-	defer coll.Close()
-	programs := coll.Programs
-	coll.Programs = nil // so that Close leaves them
-	return programs, nil
-}
-
-func (p *Pod) collection(spec *ebpf.CollectionSpec) (*ebpf.Collection, error) {
-	spec = spec.Copy()
-	if err := p.place.constants(spec); err != nil {
-		return nil, err
-	}
-	have := maps.Clone(p.c.shared)
-	maps.Copy(have, p.maps)
-	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: have})
-	if err != nil {
-		return nil, fmt.Errorf("load programs into the kernel: %w", err)
-	}
-	return coll, nil
 }
 
 // Close closes descriptors. A captured pod stays captured; one that is not
@@ -194,10 +211,6 @@ func (p *Pod) close() error {
 	for name, l := range p.links {
 		errs = append(errs, l.Close())
 		delete(p.links, name)
-	}
-	for name, m := range p.maps {
-		errs = append(errs, m.Close())
-		delete(p.maps, name)
 	}
 	closePrograms(p.programs)
 	if p.ns != nil {
@@ -245,7 +258,7 @@ func (p *Pod) Files() (Files, error) {
 		if f.Netns, err = p.ns.Dup(); err != nil {
 			return err
 		}
-		fd, err := unix.FcntlInt(uintptr(p.maps[bpf.CaptureMapBlessed].FD()), unix.F_DUPFD_CLOEXEC, 0)
+		fd, err := unix.FcntlInt(uintptr(p.c.maps[bpf.CaptureMapBlessed].FD()), unix.F_DUPFD_CLOEXEC, 0)
 		if err != nil {
 			return os.NewSyscallError("fcntl", err)
 		}
@@ -272,17 +285,13 @@ func (p *Pod) Stats() (map[string]uint64, error) {
 	if p.ns == nil {
 		return nil, errClosed
 	}
+	var n bpf.CaptureCounters
+	if err := p.c.maps[bpf.CaptureMapStats].Lookup(p.id, &n); err != nil {
+		return nil, fmt.Errorf("read the counters of pod %s: %w", p.uid, err)
+	}
 	out := map[string]uint64{}
 	for _, c := range bpf.Counters() {
-		var perCPU []uint64
-		if err := p.maps[bpf.CaptureMapStats].Lookup(uint32(c), &perCPU); err != nil {
-			return nil, fmt.Errorf("read counter %v of pod %s: %w", c, p.uid, err)
-		}
-		var sum uint64
-		for _, n := range perCPU {
-			sum += n
-		}
-		out[c.String()] = sum
+		out[c.String()] = n.N[c]
 	}
 	return out, nil
 }

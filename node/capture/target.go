@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"slices"
 
-	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -37,8 +36,10 @@ type place struct {
 	v4, v6 netip.Addr   // source of captured connections; zero if the family is off
 	eth0   int          // index of the pod's end of the veth
 	veth   int          // index of the host's end
-	nsid   int          // the pod's namespace as the host namespace numbers it
 	dns    bool         // name queries are captured
+
+	nsid     int // the pod's namespace as the host's numbers it
+	hostNsid int // the host's namespace as the pod's numbers it
 }
 
 // survey finds the pod's addresses and both ends of its wire. It refuses a
@@ -73,7 +74,7 @@ func (c *Capture) survey(t Target) (place, error) {
 			return place{}, fmt.Errorf("its network namespace has the addresses %v and not %v: it is another pod's, or the pod is being restarted", w.addrs, a)
 		}
 	}
-	peer, err := w.findPodEnd(t)
+	peer, err := w.findPodEnd(c.cfg.HostNS, t)
 	if err != nil {
 		return place{}, err
 	}
@@ -82,7 +83,7 @@ func (c *Capture) survey(t Target) (place, error) {
 
 // findPodEnd finds the interface with the pod's address and returns the index
 // of its peer.
-func (w *place) findPodEnd(t Target) (peer int, err error) {
+func (w *place) findPodEnd(host *netns.NS, t Target) (peer int, err error) {
 	err = t.Netns.Do(func() error {
 		nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 		if err != nil {
@@ -107,9 +108,28 @@ func (w *place) findPodEnd(t Target) (peer int, err error) {
 			return fmt.Errorf("interface %s with address %v is of kind %s; only veth can be captured", l.Attrs().Name, first, l.Type())
 		}
 		peer = l.Attrs().ParentIndex
+		if w.hostNsid, err = numberOf(nl, host); err != nil {
+			return fmt.Errorf("number the host's namespace in the pod's: %w", err)
+		}
 		return nil
 	})
 	return peer, err
+}
+
+// numberOf returns the number that the namespace of nl has for ns. It gives it
+// one if it has none; nobody can change it then.
+func numberOf(nl *netlink.Handle, ns *netns.NS) (int, error) {
+	nsid, err := nl.GetNetNsIdByFd(ns.Fd())
+	if err == nil && nsid < 0 {
+		// -1 asks the kernel to choose. EEXIST: somebody was faster.
+		if err = nl.SetNetNsIdByFd(ns.Fd(), -1); err == nil || errors.Is(err, unix.EEXIST) {
+			nsid, err = nl.GetNetNsIdByFd(ns.Fd())
+		}
+	}
+	if err == nil && nsid < 0 {
+		err = fmt.Errorf("got the number %d", nsid)
+	}
+	return nsid, err
 }
 
 // findHostEnd finds the pod's veth in the host's namespace, and the number
@@ -121,15 +141,9 @@ func (w *place) findHostEnd(host, pod *netns.NS, index int) error {
 			return err
 		}
 		defer nl.Close()
-		nsid, err := nl.GetNetNsIdByFd(pod.Fd())
-		if err == nil && nsid < 0 {
-			// -1 asks the kernel to choose. EEXIST: somebody was faster.
-			if err = nl.SetNetNsIdByFd(pod.Fd(), -1); err == nil || errors.Is(err, unix.EEXIST) {
-				nsid, err = nl.GetNetNsIdByFd(pod.Fd())
-			}
-		}
-		if err != nil || nsid < 0 {
-			return fmt.Errorf("number the pod's namespace in the host's (got %d): %w", nsid, err)
+		nsid, err := numberOf(nl, pod)
+		if err != nil {
+			return fmt.Errorf("number the pod's namespace in the host's: %w", err)
 		}
 		l, err := nl.LinkByIndex(index)
 		if err != nil {
@@ -145,46 +159,26 @@ func (w *place) findHostEnd(host, pod *netns.NS, index int) error {
 	})
 }
 
-// constants sets what the programs know about the pod.
-func (w place) constants(spec *ebpf.CollectionSpec) error {
-	var ip4 [8]uint32
-	var ip6 [8][4]uint32
+// entry is what the programs know about the pod, but for its mode.
+func (w place) entry() (bpf.CapturePod, error) {
+	e := bpf.CapturePod{Nsid: uint32(w.nsid), HostNsid: uint32(w.hostNsid)}
 	var n4, n6 int
 	for _, a := range w.addrs {
-		if a.Is4() && n4 < len(ip4) {
+		if a.Is4() && n4 < len(e.Ip4) {
 			b := a.As4()
-			ip4[n4] = binary.NativeEndian.Uint32(b[:])
+			e.Ip4[n4] = binary.NativeEndian.Uint32(b[:])
 			n4++
 			continue
 		}
-		if a.Is6() && n6 < len(ip6) {
+		if a.Is6() && n6 < len(e.Ip6) {
 			b := a.As16()
 			for i := range 4 {
-				ip6[n6][i] = binary.NativeEndian.Uint32(b[4*i:])
+				e.Ip6[n6][i] = binary.NativeEndian.Uint32(b[4*i:])
 			}
 			n6++
 			continue
 		}
-		return fmt.Errorf("the pod has more than %d addresses of one family, the programs hold no more: %v", len(ip4), w.addrs)
+		return e, fmt.Errorf("the pod has more than %d addresses of one family, the programs hold no more: %v", len(e.Ip4), w.addrs)
 	}
-	var dns uint32
-	if w.dns {
-		dns = 1
-	}
-	for name, value := range map[string]any{
-		bpf.CaptureVarPodIp4:  ip4,
-		bpf.CaptureVarPodIp6:  ip6,
-		bpf.CaptureVarPodNsid: uint32(w.nsid),
-		bpf.CaptureVarPodVeth: uint32(w.veth),
-		bpf.CaptureVarPodDns:  dns,
-	} {
-		v, ok := spec.Variables[name]
-		if !ok {
-			continue
-		}
-		if err := v.Set(value); err != nil {
-			return fmt.Errorf("set constant %s: %w", name, err)
-		}
-	}
-	return nil
+	return e, nil
 }
