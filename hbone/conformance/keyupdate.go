@@ -8,6 +8,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -16,8 +17,8 @@ import (
 
 // A rekeyConn is a TLS connection of crypto/tls whose records are made by
 // package record from the end of the handshake on, because crypto/tls cannot
-// be asked for a KeyUpdate. It changes our key with every write, and asks the
-// peer to change its own with every other.
+// be asked for a KeyUpdate. It changes our key with every record, in the middle
+// of frames too, and asks the peer to change its own with every other.
 type rekeyConn struct {
 	net.Conn
 	mu    sync.Mutex // one write at a time
@@ -59,13 +60,16 @@ func (s *suite) rekey() (*rekeyConn, error) {
 func (c *rekeyConn) Write(b []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	out, err := c.seal.Update(nil, c.wrote%2 == 0)
-	if err != nil {
-		return 0, err
-	}
-	c.wrote++
-	if out, err = c.seal.Seal(out, b); err != nil {
-		return 0, err
+	var out []byte
+	for p := range slices.Chunk(b, 1111) {
+		var err error
+		if out, err = c.seal.Update(out, c.wrote%2 == 0); err != nil {
+			return 0, err
+		}
+		if out, err = c.seal.Seal(out, p); err != nil {
+			return 0, err
+		}
+		c.wrote++
 	}
 	if _, err := c.Conn.Write(out); err != nil {
 		return 0, err
