@@ -63,6 +63,8 @@ func (q *pod) serveOutbound(c *net.TCPConn) {
 			return q.crossOver(ctx, peer, plan, f, c)
 		case plan.hop == toPeer, plan.hop == toWaypoint:
 			return q.tunnel(ctx, plan, f, c)
+		case plan.hop == passthrough && dst.Port() == domainPort && q.resolver != nil:
+			return q.resolve(ctx, plan, f, c)
 		case plan.hop == passthrough:
 			return q.passOn(ctx, plan, f, c)
 		}
@@ -99,7 +101,7 @@ func (q *pod) carry(f *flow, do func() error) error {
 // shortCut returns the pod of this node that the plan leads to, if it may be
 // reached without a tunnel.
 func (q *pod) shortCut(plan plan) *pod {
-	if plan.hop != toPeer || !q.proxy.cfg.SameNode {
+	if plan.hop != toPeer || !q.proxy.cfg.SameNode && !plan.direct {
 		return nil
 	}
 	return q.proxy.podAt(plan.authority.Addr())
@@ -112,6 +114,21 @@ func (q *pod) passOn(ctx context.Context, plan plan, f *flow, c *net.TCPConn) er
 		return connectError(err)
 	}
 	return f.copy(ctx, c, up)
+}
+
+// resolve answers the name queries that arrive on c, or has them answered at
+// the plan's address.
+func (q *pod) resolve(ctx context.Context, plan plan, f *flow, c *net.TCPConn) error {
+	if !f.carry(c) {
+		return nil // outcome says why
+	}
+	return q.resolver.serveStream(ctx, c, func(ctx context.Context) (net.Conn, error) {
+		up, err := q.dialOut(ctx, plan.dial)
+		if err != nil {
+			return nil, connectError(err)
+		}
+		return up, nil
+	}, f.stats)
 }
 
 // copy relays between the client's side a and the server's side b.

@@ -33,6 +33,7 @@ type pod struct {
 	out       outlet
 	files     handoff.Files // netns and map; the listeners are below
 	listeners [handoff.Roles]*net.TCPListener
+	resolver  *resolver // nil if the pod's name queries are not captured
 	server    *hbone.Server
 
 	// serving ends when the pod leaves: nothing more is accepted. alive ends
@@ -49,7 +50,7 @@ func newPod(p *Proxy, info handoff.Pod, id mesh.Identity, owner string, f handof
 	q := &pod{proxy: p, owner: owner, id: id, files: handoff.Files{Netns: f.Netns, Blessed: f.Blessed}}
 	q.info.Store(&info)
 	for r, file := range f.Listeners {
-		if file == nil {
+		if file == nil || handoff.Role(r) == handoff.DNS4 || handoff.Role(r) == handoff.DNS6 {
 			continue
 		}
 		l, err := net.FileListener(file)
@@ -71,6 +72,11 @@ func newPod(p *Proxy, info handoff.Pod, id mesh.Identity, owner string, f handof
 		return nil, err
 	}
 	q.out = out
+	if q.resolver, err = newResolver(q, f); err != nil {
+		q.closeListeners()
+		out.Close()
+		return nil, err
+	}
 	q.alive, q.forceStop = context.WithCancel(context.Background())
 	q.serving, q.stopServing = context.WithCancel(q.alive)
 	q.server = hbone.NewServer(hbone.ServerConfig{
@@ -104,6 +110,7 @@ func (q *pod) start() {
 			q.accepts.Go(func() { q.accept(l, serve[handoff.Role(r)]) })
 		}
 	}
+	q.resolver.start()
 }
 
 // accept hands connections to serve until l is closed.
@@ -169,6 +176,7 @@ func (q *pod) stop(linger time.Duration) {
 	q.stopServing()
 	q.closeListeners()
 	q.accepts.Wait()
+	q.resolver.stop()
 }
 
 // finish returns when every connection has ended. Those that last longer than
@@ -200,6 +208,7 @@ func (q *pod) closeListeners() {
 
 // close lets go of everything, once nobody dials. No connection may be open.
 func (q *pod) close() {
+	q.resolver.close()
 	q.inUse.Lock()
 	defer q.inUse.Unlock()
 	q.closed = true
@@ -210,7 +219,7 @@ func (q *pod) close() {
 // dupFiles returns copies of the pod's files.
 func (q *pod) dupFiles() (handoff.Files, error) {
 	var f handoff.Files
-	var errs [2 + handoff.Roles]error
+	var errs [3 + handoff.Roles]error
 	f.Netns, errs[0] = dup(q.files.Netns)
 	f.Blessed, errs[1] = dup(q.files.Blessed)
 	for r, l := range q.listeners {
@@ -218,6 +227,7 @@ func (q *pod) dupFiles() (handoff.Files, error) {
 			f.Listeners[r], errs[2+r] = l.File()
 		}
 	}
+	errs[2+handoff.Roles] = q.resolver.dup(&f)
 	if err := errors.Join(errs[:]...); err != nil {
 		f.Close()
 		return handoff.Files{}, err
@@ -228,6 +238,9 @@ func (q *pod) dupFiles() (handoff.Files, error) {
 // sameSockets reports whether f has the sockets that are served already.
 func (q *pod) sameSockets(f handoff.Files) bool {
 	for r, l := range q.listeners {
+		if handoff.Role(r) == handoff.DNS4 || handoff.Role(r) == handoff.DNS6 {
+			continue
+		}
 		if (l == nil) != (f.Listeners[r] == nil) {
 			return false
 		}
@@ -235,7 +248,7 @@ func (q *pod) sameSockets(f handoff.Files) bool {
 			return false
 		}
 	}
-	return true
+	return q.resolver.same(f)
 }
 
 // sameFile reports whether both are one open socket.

@@ -91,6 +91,7 @@ type telemetry struct {
 	opened, closed, sent, received *prometheus.CounterVec
 	pods                           prometheus.Gauge
 	log                            *accessLog
+	names                          *names
 
 	mu    sync.Mutex
 	cache map[labels]*counters
@@ -110,6 +111,7 @@ func newTelemetry(reg prometheus.Registerer, log *accessLog) *telemetry {
 			Name: "workload_manager_active_proxy_count", Help: "The number of pods that this proxy serves.",
 		}),
 		log:   log,
+		names: newNames(reg),
 		cache: make(map[labels]*counters),
 	}
 	if reg != nil {
