@@ -61,10 +61,10 @@ func rendered(t *testing.T, sets ...string) rendering {
 func TestLeastPrivilege(t *testing.T) {
 	allowed := map[string][]string{
 		"weft-control": nil,
-		"istio-proxy":  {"NET_ADMIN", "SYS_ADMIN"},
+		"istio-proxy":  {"NET_ADMIN", "NET_RAW", "SYS_ADMIN"},
 		"weft-node":    {"NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE"},
 
-		"istio-proxy-standby": {"NET_ADMIN", "SYS_ADMIN"},
+		"istio-proxy-standby": {"NET_ADMIN", "NET_RAW", "SYS_ADMIN"},
 	}
 	seen := map[string]bool{}
 	for _, o := range rendered(t).objects {

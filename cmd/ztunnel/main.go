@@ -91,7 +91,7 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 	proxy := ztunnel.New(cfg)
 	turn := &turnstile{standby: c.standby, activated: make(chan struct{}), comm: "/proc/self/comm", log: log}
 	agent := handoff.NewClient(handoff.ClientConfig{
-		Path: c.handoffPath, Instance: c.instance(), Handler: proxy, Log: log,
+		Path: c.handoffPath, Instance: c.instance(), Handler: proxy, Log: log, DNS: true,
 		Pair: c.podName, Standby: c.standby, Activate: func() { proxy.Activate(); turn.activate() },
 	})
 	turn.synced = agent.Synced()

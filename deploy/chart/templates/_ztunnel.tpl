@@ -32,8 +32,9 @@ so the probe of the first speaks for both. */}}
     allowPrivilegeEscalation: false
     readOnlyRootFilesystem: true
     # SYS_ADMIN to enter pods' network namespaces and to bless sockets
-    # through a map's descriptor, NET_ADMIN for IP_TRANSPARENT and SO_MARK.
-    capabilities: {drop: [ALL], add: [SYS_ADMIN, NET_ADMIN]}
+    # through a map's descriptor, NET_ADMIN for IP_TRANSPARENT and SO_MARK,
+    # NET_RAW to answer name queries from the address that was asked.
+    capabilities: {drop: [ALL], add: [SYS_ADMIN, NET_ADMIN, NET_RAW]}
   volumeMounts:
   - {name: weft, mountPath: /var/run/weft}
   - {name: ca-token, mountPath: /var/run/secrets/tokens, readOnly: true}
