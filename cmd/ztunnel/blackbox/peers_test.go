@@ -183,7 +183,9 @@ func playPeer() error {
 	}
 	failed := make(chan error)
 	for _, h := range s.Hops {
-		l, err := net.Listen("tcp", h.Listen.String())
+		var lc net.ListenConfig
+		lc.SetMultipathTCP(false) // as the others
+		l, err := lc.Listen(context.Background(), "tcp", h.Listen.String())
 		if err != nil {
 			return err
 		}
