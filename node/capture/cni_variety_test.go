@@ -14,7 +14,7 @@ import (
 )
 
 // bulk is how much is sent each way through one connection.
-const bulk = 2 << 20
+const bulk = 1 << 19
 
 // exchange sends a lot and wants it back.
 func (k talk) exchange() error {

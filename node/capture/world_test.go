@@ -120,6 +120,8 @@ type proxy struct {
 	seen    []seen
 	conns   map[net.Conn]bool
 	closing bool
+	alive   context.Context // ends with kill
+	die     context.CancelFunc
 	work    sync.WaitGroup
 	stop    []io.Closer
 }
@@ -143,6 +145,7 @@ func startProxy(t testing.TB, p *Pod) *proxy {
 func serve(t testing.TB, f Files) *proxy {
 	t.Helper()
 	x := &proxy{t: t, files: f, conns: map[net.Conn]bool{}}
+	x.alive, x.die = context.WithCancel(context.Background())
 	x.ns = must(netns.Open(fmt.Sprintf("/proc/self/fd/%d", f.Netns.Fd())))
 	for i, lf := range f.Listeners {
 		if lf == nil || i >= int(bpf.CaptureRoleROLE_DNS4) {
@@ -172,8 +175,10 @@ func (x *proxy) kill() {
 		c.Close()
 	}
 	x.mu.Unlock()
-	x.files.Close()
+	x.files.Listeners.Close()
+	x.die()
 	x.work.Wait()
+	x.files.Close()
 	x.ns.Close()
 }
 
@@ -234,7 +239,7 @@ func (x *proxy) relay(c *net.TCPConn, s seen) {
 
 // dial does what the proxy does with an accepted connection.
 func (x *proxy) dial(s seen) (*net.TCPConn, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), soon)
+	ctx, cancel := context.WithTimeout(x.alive, soon)
 	defer cancel()
 	if s.role == "out" {
 		return x.ns.Dial(ctx, "tcp", netip.AddrPort{}, s.local, x.toWire)
