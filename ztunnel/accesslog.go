@@ -1,6 +1,7 @@
 package ztunnel
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net/netip"
@@ -11,12 +12,24 @@ import (
 	"github.com/weft-mesh/weft/mesh"
 )
 
+// maxLog bounds the lines that wait for a reader of the log that is slow.
+const maxLog = 4 << 20
+
 // accessLog writes one line for each connection when it is over, in the form
-// that tools for ambient meshes read.
+// that tools for ambient meshes read. Who ends a connection never waits for the
+// log: run writes, many lines at once.
 type accessLog struct {
-	mu  sync.Mutex
-	w   io.Writer // nil: nothing is written
-	now func() time.Time
+	w    io.Writer // nil: nothing is written
+	now  func() time.Time
+	wake chan struct{}
+
+	mu   sync.Mutex
+	buf  []byte
+	lost int // lines that found no room
+}
+
+func newAccessLog(w io.Writer) *accessLog {
+	return &accessLog{w: w, now: time.Now, wake: make(chan struct{}, 1)}
 }
 
 // write logs f, which ended with err.
@@ -24,39 +37,81 @@ func (a *accessLog) write(f *flow, err error) {
 	if a.w == nil {
 		return
 	}
-	line := accessLine(f, err, a.now())
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.w.Write(line) // there is nobody to tell that the log is lost
+	if len(a.buf) > maxLog {
+		a.lost++
+		return
+	}
+	a.buf = appendAccessLine(a.buf, f, err, a.now())
+	select {
+	case a.wake <- struct{}{}:
+	default:
+	}
 }
 
-// accessLine is the line for f at time now.
-func accessLine(f *flow, err error, now time.Time) []byte {
-	level := "info"
-	if err != nil {
-		level = "error"
+// run writes what comes until ctx ends, and then what is left.
+func (a *accessLog) run(ctx context.Context) error {
+	if a.w == nil {
+		return nil
 	}
-	b := make([]byte, 0, 512)
+	var spare []byte
+	for {
+		select {
+		case <-a.wake:
+			spare = a.flush(spare)
+		case <-ctx.Done():
+			a.flush(spare)
+			return nil
+		}
+	}
+}
+
+// flush writes what waits, and returns the memory that it was in.
+func (a *accessLog) flush(spare []byte) []byte {
+	a.mu.Lock()
+	b, lost := a.buf, a.lost
+	a.buf, a.lost = spare[:0], 0
+	a.mu.Unlock()
+	if lost > 0 {
+		b = fmt.Appendf(b, "%s\terror\taccess\tlines lost: the log was not read fast enough\tlines=%d\n",
+			a.now().UTC().Format("2006-01-02T15:04:05.000000Z"), lost)
+	}
+	if len(b) > 0 {
+		a.w.Write(b) // there is nobody to tell that the log is lost
+	}
+	if cap(b) > 1<<20 {
+		return nil
+	}
+	return b
+}
+
+// appendAccessLine appends the line for f at time now.
+func appendAccessLine(b []byte, f *flow, err error, now time.Time) []byte {
 	b = now.UTC().AppendFormat(b, "2006-01-02T15:04:05.000000Z")
-	b = fmt.Appendf(b, "\t%s\taccess\tconnection complete\t", level)
+	if err != nil {
+		b = append(b, "\terror\taccess\tconnection complete\t"...)
+	} else {
+		b = append(b, "\tinfo\taccess\tconnection complete\t"...)
+	}
 	l := line{b}
-	l.addr("src.addr", f.src)
-	l.end("src", f.source, f.sourceID)
-	l.addr("dst.addr", f.dst)
-	l.addr("dst.hbone_addr", f.target)
+	l.addr("src.addr", f.src.addrPort())
+	l.end("src", f.source, proved(f.sourceID))
+	l.addr("dst.addr", f.dst.addrPort())
+	l.addr("dst.hbone_addr", f.target.addrPort())
 	if f.service != nil {
 		l.text("dst.service", string(f.service.Name.Host))
 	}
-	l.end("dst", f.destination, f.destinationID)
-	l.text("direction", string(f.direction))
+	l.end("dst", f.destination, proved(f.destinationID))
+	l.text("direction", f.direction.String())
 	// Seen from the pod: what it sent, what it received.
-	sent, received := f.stats.Sent.Load(), f.stats.Received.Load()
+	sent, received := f.moved()
 	if f.direction == inbound {
 		sent, received = received, sent
 	}
 	l.raw("bytes_sent", strconv.FormatInt(sent, 10))
 	l.raw("bytes_recv", strconv.FormatInt(received, 10))
-	l.text("duration", strconv.FormatInt(now.Sub(f.start).Milliseconds(), 10)+"ms")
+	l.text("duration", strconv.FormatInt(now.Sub(time.Unix(0, f.start)).Milliseconds(), 10)+"ms")
 	if err != nil {
 		l.text("error", err.Error())
 	}

@@ -240,11 +240,12 @@ func (p *Proxy) dumpStates() map[string]*dumpState {
 		if s == nil {
 			continue // it ended meanwhile
 		}
-		c := dumpConnection{Src: f.src.String(), OriginalDst: f.dst.String(), ActualDst: f.dst.String(), Protocol: "TCP"}
+		dst := f.dst.addrPort().String()
+		c := dumpConnection{Src: f.src.addrPort().String(), OriginalDst: dst, ActualDst: dst, Protocol: "TCP"}
 		if f.mutualTLS {
 			c.Protocol = "HBONE"
-			if f.target.IsValid() {
-				c.OriginalDst = f.target.String()
+			if target := f.target.addrPort(); target.IsValid() {
+				c.OriginalDst = target.String()
 			}
 		}
 		if f.direction == inbound {

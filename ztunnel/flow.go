@@ -9,54 +9,125 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/weft-mesh/weft/hbone/loop"
 	"github.com/weft-mesh/weft/internal/relay"
 	"github.com/weft-mesh/weft/mesh"
 	"github.com/weft-mesh/weft/mesh/authz"
 )
 
 // direction is which way a connection goes, seen from the pod.
-type direction string
+type direction uint8
 
 const (
-	outbound direction = "outbound"
-	inbound  direction = "inbound"
+	outbound direction = iota
+	inbound
 )
 
-// flow is one connection through the proxy: what is known of it, for logs and
-// metrics, and how to end it.
-type flow struct {
-	direction direction
-	pod       *pod
-	src, dst  netip.AddrPort // the ends of the TCP connection, or of the tunnel
-	target    netip.AddrPort // what the tunnel was asked for; zero without one
+// String returns the word for the access log.
+func (d direction) String() string {
+	if d == inbound {
+		return "inbound"
+	}
+	return "outbound"
+}
 
+// flow is one connection through the proxy: what is known of it, for logs and
+// metrics, and how to end it. Tens of thousands are idle at a time, so it is
+// small: 256 bytes with the engine's part. All it knows are values and what it
+// shares with others.
+type flow struct {
+	conn loop.Conn // through a tunnel; of other flows only the cause of an abort is used
+
+	pod                 *pod
 	source, destination *mesh.Workload // nil when not known
 	service             *mesh.Service
 	// sourceID and destinationID are what was proved, not what the View says;
-	// zero when nothing was.
-	sourceID, destinationID mesh.Identity
-	mutualTLS               bool
+	// nil when nothing was. What they point to does not change.
+	sourceID, destinationID *mesh.Identity
+	counters                *counters  // set by telemetry
+	plain                   *plainFlow // of a flow without a tunnel; else nil
 
-	facts    authz.Facts // of an inbound flow: what it is admitted by
-	admitted atomic.Bool // a decision was made, and is to be kept current
-	start    time.Time
-	stats    *relay.Stats // Sent is what the client sent
-
-	counters *counters // set by telemetry
-
+	start    int64                          // in nanoseconds since 1970
+	reported struct{ sent, received int64 } // how much is counted; guarded by mu
 	mu       sync.Mutex
-	reported struct{ sent, received int64 } // how much of stats is counted
-	ends     []net.Conn
-	cause    error // why it was aborted
+
+	src, dst  endpoint // the ends of the TCP connection, or of the tunnel
+	target    endpoint // what the tunnel was asked for; zero without one
+	direction direction
+	mutualTLS bool
+	opened    bool        // the other end of the tunnel has accepted
+	counted   bool        // pod.conns waits for it, though no goroutine serves it
+	admitted  atomic.Bool // inbound: a decision was made, and is to be kept current
 }
 
-// carry says that the flow's bytes go between these. If the flow has been
-// aborted already, they are aborted and carry reports false.
+// plainFlow is what a flow without a tunnel has besides.
+type plainFlow struct {
+	stats *relay.Stats // Sent is what the client sent
+	ends  []net.Conn   // guarded by flow.mu
+}
+
+// An endpoint is a netip.AddrPort in 19 bytes, without a zone. The zero
+// endpoint is none.
+type endpoint struct {
+	ip   [16]byte
+	port uint16
+	bits uint8
+}
+
+func endpointOf(a netip.AddrPort) endpoint {
+	if !a.Addr().IsValid() {
+		return endpoint{}
+	}
+	return endpoint{ip: a.Addr().As16(), port: a.Port(), bits: uint8(a.Addr().BitLen())}
+}
+
+// addrPort returns e as the mesh writes addresses.
+func (e endpoint) addrPort() netip.AddrPort {
+	a := netip.AddrFrom16(e.ip)
+	switch e.bits {
+	case 0:
+		return netip.AddrPort{}
+	case 32:
+		a = a.Unmap()
+	}
+	return netip.AddrPortFrom(a, e.port)
+}
+
+// facts are what an inbound flow is admitted by.
+func (f *flow) facts() authz.Facts {
+	to := f.dst
+	if f.target.bits != 0 {
+		to = f.target
+	}
+	return authz.Facts{Peer: proved(f.sourceID), Source: f.src.addrPort(), Destination: to.addrPort()}
+}
+
+// proved returns the identity that was proved; none if nothing was.
+func proved(id *mesh.Identity) mesh.Identity {
+	if id == nil {
+		return mesh.Identity{}
+	}
+	return *id
+}
+
+// moved returns how many bytes the client and the server have sent.
+func (f *flow) moved() (sent, received int64) {
+	switch {
+	case f.plain != nil:
+		return f.plain.stats.Sent.Load(), f.plain.stats.Received.Load()
+	case f.direction == inbound:
+		return f.conn.ToApp(), f.conn.FromApp()
+	}
+	return f.conn.FromApp(), f.conn.ToApp()
+}
+
+// carry says that the bytes of a flow without a tunnel go between these. If the
+// flow has been aborted already, they are aborted and carry reports false.
 func (f *flow) carry(ends ...net.Conn) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.cause == nil {
-		f.ends = ends
+	if f.conn.Cause() == nil {
+		f.plain.ends = ends
 		return true
 	}
 	for _, c := range ends {
@@ -67,25 +138,39 @@ func (f *flow) carry(ends ...net.Conn) bool {
 
 // abort ends the flow at once, for a reason that goes to the log.
 func (f *flow) abort(cause error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.cause != nil {
+	f.conn.Abort(cause)
+	if f.plain == nil {
 		return
 	}
-	f.cause = cause
-	for _, c := range f.ends {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, c := range f.plain.ends {
 		abort(c)
 	}
 }
 
 // outcome returns why the flow ended: what aborted it, or else err.
 func (f *flow) outcome(err error) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.cause != nil {
-		return f.cause
+	if cause := f.conn.Cause(); cause != nil {
+		return cause
 	}
 	return err
+}
+
+// Opened notes who is at the other end of the tunnel. The engine calls it.
+func (f *flow) Opened(peer *mesh.Identity) { f.destinationID, f.opened = peer, true }
+
+// Ended counts and logs a flow that an event loop has carried. The engine calls
+// it, so it does not block.
+func (f *flow) Ended(err error) {
+	if err != nil && f.direction == outbound && !f.opened {
+		err = connectError(explain(err))
+	}
+	q, counted := f.pod, f.counted
+	q.over(f, err)
+	if counted {
+		q.conns.Done()
+	}
 }
 
 // abort closes c so that its other end sees an error and not an orderly end.
@@ -180,7 +265,7 @@ func (p *Proxy) recheckAll(patient bool) (waiting int) {
 		if !f.admitted.Load() {
 			continue
 		}
-		a := admit(v, *f.pod.info.Load(), f.pod.id, f.facts)
+		a := admit(v, *f.pod.info.Load(), f.pod.id, f.facts())
 		switch {
 		case a.verdict == admitted:
 		case a.workload == nil:

@@ -7,7 +7,7 @@ import (
 	"net/netip"
 	"time"
 
-	"github.com/weft-mesh/weft/hbone"
+	"github.com/weft-mesh/weft/hbone/loop"
 	"github.com/weft-mesh/weft/internal/relay"
 	"github.com/weft-mesh/weft/mesh"
 	"github.com/weft-mesh/weft/mesh/authz"
@@ -24,8 +24,10 @@ const (
 // caller is the client's side of an inbound connection, until its fate is
 // known.
 type caller interface {
-	// accept returns the connection. The application is connected by then.
-	accept() (net.Conn, error)
+	// carry joins it to the application's connection app, which it takes over.
+	// carried says that an event loop has the flow and will say how it ends;
+	// else it has ended, with err.
+	carry(ctx context.Context, f *flow, app *net.TCPConn) (carried bool, err error)
 	// refuse ends it.
 	refuse(status int)
 }
@@ -33,97 +35,98 @@ type caller interface {
 // plainCaller is a TCP connection without a tunnel around it.
 type plainCaller struct{ conn *net.TCPConn }
 
-func (c plainCaller) accept() (net.Conn, error) { return c.conn, nil }
-func (c plainCaller) refuse(int)                { abort(c.conn) }
+func (c plainCaller) carry(ctx context.Context, f *flow, app *net.TCPConn) (bool, error) {
+	return false, f.copy(ctx, c.conn, app)
+}
+func (c plainCaller) refuse(int) { abort(c.conn) }
 
 // tunnelCaller is a CONNECT.
-type tunnelCaller struct{ request *hbone.Request }
+type tunnelCaller struct{ request *loop.Request }
 
-func (c tunnelCaller) accept() (net.Conn, error) {
-	s, err := c.request.Accept(hbone.Header{})
+func (c tunnelCaller) carry(_ context.Context, f *flow, app *net.TCPConn) (bool, error) {
+	fd, err := loop.Detach(app)
 	if err != nil {
-		return nil, err
+		c.refuse(statusUnavailable)
+		return false, connectError(fmt.Errorf("the application's connection: %w", err))
 	}
-	return s, nil
+	c.request.Accept(&f.conn, fd, f)
+	return true, nil
 }
 
-// The tunnel is gone when the refusal cannot be sent; then there is nobody to
-// tell.
+// A second answer cannot be given, and a peer that is gone needs none.
 func (c tunnelCaller) refuse(status int) { _ = c.request.Reject(status) }
 
 // servePlain serves one plain connection from outside the mesh. It passes the
 // same decision as a tunnelled one, as nobody.
 func (q *pod) servePlain(c *net.TCPConn) {
 	src, dst := addrPort(c.RemoteAddr()), addrPort(c.LocalAddr())
-	q.plain.add(src)
-	defer q.plain.remove(src)
+	q.clients.add(src)
+	defer q.clients.remove(src)
 	q.receive(q.alive, &flow{
-		direction: inbound, pod: q, src: src, dst: dst,
-		facts: authz.Facts{Source: src, Destination: dst},
-		start: time.Now(), stats: new(relay.Stats),
+		direction: inbound, pod: q, src: endpointOf(src), dst: endpointOf(dst),
+		start: time.Now().UnixNano(), plain: &plainFlow{stats: new(relay.Stats)},
 	}, plainCaller{c})
 }
 
-// serveTunnel serves one CONNECT. Its target must be the address that the
-// tunnel was opened to.
-func (q *pod) serveTunnel(ctx context.Context, r *hbone.Request) {
+// serveTunnel decides on one CONNECT, and gives it to an event loop. Its target
+// must be the address that the tunnel was opened to.
+func (q *pod) serveTunnel(r *loop.Request) {
 	target := r.Authority.AddrPort()
 	f := &flow{
-		direction: inbound, pod: q, src: unmap(r.Remote), dst: unmap(r.Local), target: target,
-		sourceID: r.Peer, destinationID: q.id, mutualTLS: true,
-		facts: authz.Facts{Peer: r.Peer, Source: unmap(r.Remote), Destination: target},
-		start: time.Now(), stats: new(relay.Stats),
+		direction: inbound, pod: q, src: endpointOf(r.Remote), dst: endpointOf(r.Local), target: endpointOf(target),
+		sourceID: r.Peer, destinationID: &q.id, mutualTLS: true, start: time.Now().UnixNano(),
 	}
-	if target.Addr() != f.dst.Addr() { // also when the target is a host name
-		q.carry(f, func() error {
+	if target.Addr() != r.Local.Addr() { // also when the target is a host name
+		q.carry(f, func() (bool, error) {
 			tunnelCaller{r}.refuse(statusBadRequest)
-			return denyf("refused: the tunnel asks for %v, this pod is %v", r.Authority, f.dst.Addr())
+			return false, denyf("refused: the tunnel asks for %v, this pod is %v", r.Authority, r.Local.Addr())
 		})
 		return
 	}
-	q.receive(ctx, f, tunnelCaller{r})
+	q.receive(q.alive, f, tunnelCaller{r})
 }
 
 // receive decides on an inbound flow and carries it to the application. It
-// returns when the connection is over, with the reason if it failed.
+// returns when the connection is over, with the reason if it failed, or when an
+// event loop has it.
 func (q *pod) receive(ctx context.Context, f *flow, from caller) error {
 	v := q.proxy.cfg.View.Load()
-	f.source = sourceOf(v, f.src.Addr(), f.sourceID)
+	f.source = sourceOf(v, f.src.addrPort().Addr(), proved(f.sourceID))
 	f.destination = ownWorkload(v, *q.info.Load(), q.id)
-	return q.carry(f, func() error {
-		if status, err := q.admit(ctx, f); err != nil {
-			from.refuse(status)
-			return err
+	return q.carry(f, func() (bool, error) {
+		if err := q.room(f); err != nil {
+			from.refuse(statusUnavailable)
+			return false, err
 		}
-		app, err := q.dialApp(ctx, f.src.Addr(), f.facts.Destination)
+		facts := f.facts()
+		if status, err := q.admit(ctx, f, facts); err != nil {
+			from.refuse(status)
+			return false, err
+		}
+		app, err := q.dialApp(ctx, facts.Source.Addr(), facts.Destination)
 		if err != nil {
 			from.refuse(statusUnavailable)
-			return connectError(fmt.Errorf("the application does not answer: %w", err))
+			return false, connectError(fmt.Errorf("the application does not answer: %w", err))
 		}
-		down, err := from.accept()
-		if err != nil {
-			abort(app)
-			return err
-		}
-		return f.copy(ctx, down, app)
+		return from.carry(ctx, f, app)
 	})
 }
 
 // admit waits for the decision on f and returns an error, with the status for
 // the client, unless it is admitted. From then on changes of the View are
 // applied to f.
-func (q *pod) admit(ctx context.Context, f *flow) (status int, err error) {
+func (q *pod) admit(ctx context.Context, f *flow, facts authz.Facts) (status int, err error) {
 	var a admission
 	decided := q.proxy.await(ctx, func(v *view.View) bool {
-		a = admit(v, *q.info.Load(), q.id, f.facts)
+		a = admit(v, *q.info.Load(), q.id, facts)
 		return a.verdict != unresolved
 	})
 	f.admitted.Store(true)
 	if now := q.proxy.cfg.View.Load(); now != decided && a.verdict == admitted {
-		a = admit(now, *q.info.Load(), q.id, f.facts) // the recheck may have passed f by
+		a = admit(now, *q.info.Load(), q.id, facts) // the recheck may have passed f by
 	}
 	if len(a.dryRun) > 0 {
-		q.proxy.cfg.Log.Info("policies in dry run would have denied a connection", "policies", a.dryRun, "src", f.src, "identity", f.sourceID, "dst", f.facts.Destination)
+		q.proxy.cfg.Log.Info("policies in dry run would have denied a connection", "policies", a.dryRun, "src", facts.Source, "identity", facts.Peer, "dst", facts.Destination)
 	}
 	switch a.verdict {
 	case admitted:

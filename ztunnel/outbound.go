@@ -11,10 +11,10 @@ import (
 	"time"
 
 	"github.com/weft-mesh/weft/hbone"
+	"github.com/weft-mesh/weft/hbone/loop"
 	"github.com/weft-mesh/weft/identity"
 	"github.com/weft-mesh/weft/internal/handoff"
 	"github.com/weft-mesh/weft/internal/relay"
-	"github.com/weft-mesh/weft/mesh/authz"
 	"github.com/weft-mesh/weft/mesh/view"
 )
 
@@ -46,31 +46,36 @@ func (q *pod) serveOutbound(c *net.TCPConn) {
 	}
 	plan := planOutbound(v, from, dst, rand.Uint64())
 	f := &flow{
-		direction: outbound, pod: q, src: src, dst: plan.dial, target: plan.authority,
-		source: own, destination: plan.workload, service: plan.service,
-		start: time.Now(), stats: new(relay.Stats),
+		direction: outbound, pod: q, src: endpointOf(src), dst: endpointOf(plan.dial), target: endpointOf(plan.authority),
+		source: own, destination: plan.workload, service: plan.service, start: time.Now().UnixNano(),
 	}
-	if !f.dst.IsValid() {
-		f.dst = dst
+	if !plan.dial.IsValid() {
+		f.dst = endpointOf(dst)
 	}
 	peer := q.shortCut(plan)
 	if len(plan.peers) > 0 {
-		f.sourceID, f.mutualTLS = q.id, peer == nil
+		f.sourceID, f.mutualTLS = &q.id, peer == nil
 	}
-	q.carry(f, func() error {
+	if peer != nil || plan.hop == passthrough {
+		f.plain = &plainFlow{stats: new(relay.Stats)}
+	}
+	q.carry(f, func() (bool, error) {
+		if err := q.room(f); err != nil {
+			return false, err
+		}
 		switch {
 		case peer != nil:
-			return q.crossOver(ctx, peer, plan, f, c)
+			return false, q.crossOver(ctx, peer, plan, f, c)
 		case plan.hop == toPeer, plan.hop == toWaypoint:
 			return q.tunnel(ctx, plan, f, c)
 		case plan.hop == passthrough && dst.Port() == domainPort && q.resolver != nil:
-			return q.resolve(ctx, plan, f, c)
+			return false, q.resolve(ctx, plan, f, c)
 		case plan.hop == passthrough:
-			return q.passOn(ctx, plan, f, c)
+			return false, q.passOn(ctx, plan, f, c)
 		}
-		return connectError(fmt.Errorf("refused: %s", plan.why))
+		return false, connectError(fmt.Errorf("refused: %s", plan.why))
 	})
-	abort(c) // unless it has ended in order already
+	abort(c) // unless it has ended in order already, or is an event loop's
 }
 
 // loops returns an error if a connection to dst would come back here: a
@@ -87,15 +92,46 @@ func (q *pod) loops(info *handoff.Pod, src, dst netip.Addr) error {
 }
 
 // carry counts and logs a flow around do, and returns why it failed, if it did.
-func (q *pod) carry(f *flow, do func() error) error {
-	p := q.proxy
-	p.telemetry.begin(f)
-	p.flows.add(f)
-	err := f.outcome(do())
-	p.flows.remove(f)
-	p.telemetry.progress(f)
-	p.telemetry.end(f, err)
+// A flow that do has given to an event loop is counted and logged by that.
+func (q *pod) carry(f *flow, do func() (carried bool, err error)) error {
+	q.proxy.telemetry.begin(f)
+	q.proxy.flows.add(f)
+	q.open.Add(1)
+	carried, err := do()
+	if carried {
+		return nil
+	}
+	return q.over(f, err)
+}
+
+// over counts and logs the end of a flow, and returns why it failed, if it did.
+func (q *pod) over(f *flow, err error) error {
+	err = f.outcome(err)
+	q.open.Add(-1)
+	q.proxy.flows.remove(f)
+	q.proxy.telemetry.progress(f)
+	q.proxy.telemetry.end(f, err)
 	return err
+}
+
+// room returns an error if the pod has more connections than it may. One pod
+// must not use up the descriptors of all.
+func (q *pod) room(f *flow) error {
+	limit := int64(q.proxy.cfg.MaxConnections)
+	if q.open.Load() <= limit {
+		return nil
+	}
+	info := q.info.Load()
+	if now := time.Now().UnixNano(); q.complain(now) {
+		q.proxy.cfg.Log.Error("a pod has as many connections as it may: new ones are refused", "pod", info.Name, "namespace", info.Namespace, "limit", limit, "direction", f.direction)
+	}
+	return connectError(fmt.Errorf("refused: the pod %s/%s has %d connections, as many as it may", info.Namespace, info.Name, limit))
+}
+
+// complain reports whether a minute has passed since it last did.
+func (q *pod) complain(now int64) bool {
+	last := q.complained.Load()
+	return now-last >= int64(time.Minute) && q.complained.CompareAndSwap(last, now)
 }
 
 // shortCut returns the pod of this node that the plan leads to, if it may be
@@ -128,7 +164,7 @@ func (q *pod) resolve(ctx context.Context, plan plan, f *flow, c *net.TCPConn) e
 			return nil, connectError(err)
 		}
 		return up, nil
-	}, f.stats)
+	}, f.plain.stats)
 }
 
 // copy relays between the client's side a and the server's side b.
@@ -136,26 +172,33 @@ func (f *flow) copy(ctx context.Context, a, b net.Conn) error {
 	if !f.carry(a, b) {
 		return nil // outcome says why
 	}
-	return relay.Copy(ctx, a, b, f.stats)
+	return relay.Copy(ctx, a, b, f.plain.stats)
 }
 
-// tunnel carries c through a tunnel to one of the plan's peers. There is no way
-// in clear when that fails.
-func (q *pod) tunnel(ctx context.Context, plan plan, f *flow, c *net.TCPConn) error {
+// tunnel gives c to an event loop, which carries it through a tunnel to one of
+// the plan's peers. There is no way in clear when that fails.
+func (q *pod) tunnel(ctx context.Context, plan plan, f *flow, c *net.TCPConn) (carried bool, err error) {
+	fd, err := loop.Detach(c)
+	if err != nil {
+		return false, connectError(err)
+	}
 	opening, cancel := context.WithTimeout(ctx, tunnelTimeout)
 	defer cancel()
-	up, err := q.proxy.pool.Connect(opening, hbone.Target{
+	f.counted = true
+	q.conns.Add(1)
+	err = q.proxy.pool.Connect(opening, hbone.Target{
 		Owner: q.owner, Source: q.id, Peers: plan.peers, Address: plan.dial,
 	}, plan.authority.String(), hbone.Header{
-		Forwarded:   forwarded(f.src),
+		Forwarded:   forwarded(f.src.addrPort()),
 		Baggage:     baggage(f.source, q.proxy.cfg.Cluster),
 		Traceparent: traceparent(),
-	})
+	}, &f.conn, fd, f)
 	if err != nil {
-		return connectError(explain(err))
+		q.conns.Done()
+		loop.Abort(fd)
+		return false, connectError(explain(err))
 	}
-	f.destinationID = up.Peer()
-	return f.copy(ctx, c, up)
+	return true, nil
 }
 
 // explain says what an answer of the other end means.
@@ -182,8 +225,8 @@ func (q *pod) crossOver(ctx context.Context, peer *pod, plan plan, f *flow, c *n
 	if !slices.Contains(plan.peers, peer.id) {
 		return connectError(fmt.Errorf("%w: got %s, want %v", identity.ErrWrongPeer, peer.id, plan.peers))
 	}
-	f.destinationID = peer.id
-	src, err := q.sourceTowards(plan.authority.Addr(), f.src)
+	f.destinationID = &peer.id
+	src, err := q.sourceTowards(plan.authority.Addr(), f.src.addrPort())
 	if err != nil {
 		return connectError(err)
 	}
@@ -191,10 +234,9 @@ func (q *pod) crossOver(ctx context.Context, peer *pod, plan plan, f *flow, c *n
 		return nil // outcome says why
 	}
 	return peer.receive(ctx, &flow{
-		direction: inbound, pod: peer, src: src, dst: plan.authority,
-		sourceID: q.id, destinationID: peer.id,
-		facts: authz.Facts{Peer: q.id, Source: src, Destination: plan.authority},
-		start: f.start, stats: f.stats,
+		direction: inbound, pod: peer, src: endpointOf(src), dst: endpointOf(plan.authority),
+		sourceID: &q.id, destinationID: &peer.id,
+		start: f.start, plain: &plainFlow{stats: f.plain.stats},
 	}, plainCaller{c})
 }
 

@@ -190,7 +190,7 @@ func (q *pod) bindAs(fd int, client netip.AddrPort) error {
 	case *unix.SockaddrInet6:
 		port = b.Port
 	}
-	if q.plain.has(netip.AddrPortFrom(client.Addr(), uint16(port))) {
+	if q.clients.has(netip.AddrPortFrom(client.Addr(), uint16(port))) {
 		return errPortTaken
 	}
 	return nil

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/weft-mesh/weft/hbone"
+	"github.com/weft-mesh/weft/hbone/loop"
 	"github.com/weft-mesh/weft/identity"
 	"github.com/weft-mesh/weft/internal/handoff"
 	"github.com/weft-mesh/weft/mesh"
@@ -34,15 +35,17 @@ type pod struct {
 	files     handoff.Files // netns and map; the listeners are below
 	listeners [handoff.Roles]*net.TCPListener
 	resolver  *resolver // nil if the pod's name queries are not captured
-	server    *hbone.Server
+	server    *loop.Server
 
 	// serving ends when the pod leaves: nothing more is accepted. alive ends
 	// when what is open must close.
 	serving, alive         context.Context
 	stopServing, forceStop context.CancelFunc
-	accepts, conns         sync.WaitGroup
+	accepts, conns         sync.WaitGroup // conns: what is not inside a tunnel of server
 
-	plain plainClients
+	open       atomic.Int64 // flows
+	complained atomic.Int64 // when the log last said that there are too many
+	clients    plainClients
 }
 
 // newPod takes over f, unless it fails.
@@ -79,16 +82,18 @@ func newPod(p *Proxy, info handoff.Pod, id mesh.Identity, owner string, f handof
 	}
 	q.alive, q.forceStop = context.WithCancel(context.Background())
 	q.serving, q.stopServing = context.WithCancel(q.alive)
-	q.server = hbone.NewServer(hbone.ServerConfig{
-		TLS:    identity.ServerTLS(p.cfg.Identity.Only(id), p.cfg.Roots, p.cfg.TrustDomain),
-		Handle: q.serveTunnel,
-		Ready: func(ctx context.Context) error {
-			_, err := p.cfg.Identity.Certificate(ctx, id)
-			return err
+	log := p.cfg.Log.With("pod", info.Name, "namespace", info.Namespace)
+	q.server = p.engine.NewServer(loop.ServerConfig{
+		Shake: hbone.ServerConfig{
+			TLS: identity.ServerTLS(p.cfg.Identity.Only(id), p.cfg.Roots, p.cfg.TrustDomain),
+			Ready: func(ctx context.Context) error {
+				_, err := p.cfg.Identity.Certificate(ctx, id)
+				return err
+			},
+			Handshakes: p.handshakes,
 		},
-		Log:          p.cfg.Log.With("pod", info.Name, "namespace", info.Namespace),
-		Handshakes:   p.handshakes,
-		DrainTimeout: p.cfg.LeaveTimeout + time.Minute, // finish ends it before
+		Handle: q.serveTunnel,
+		Log:    log,
 	})
 	for _, file := range f.Listeners { // FileListener has made its own
 		if file != nil {
@@ -151,13 +156,15 @@ func tune(c *net.TCPConn) error {
 	}))
 }
 
-// serveHBONE serves one tunnel. Why one fails is not worth more than a line for
-// who looks closer: anybody can make them fail.
+// serveHBONE takes one tunnel into the mesh, and gives it to an event loop. Why
+// one fails is not worth more than a line for who looks closer: anybody can make
+// them fail.
 func (q *pod) serveHBONE(c *net.TCPConn) {
 	stop := context.AfterFunc(q.alive, func() { c.Close() })
 	defer stop()
-	if err := q.server.ServeConn(q.serving, c); err != nil {
-		q.proxy.cfg.Log.Debug("a tunnel ended", "pod", q.info.Load().Name, "from", c.RemoteAddr(), "error", err)
+	from := c.RemoteAddr()
+	if err := q.server.Serve(q.serving, c); err != nil {
+		q.proxy.cfg.Log.Debug("a tunnel was refused", "pod", q.info.Load().Name, "from", from, "error", err)
 	}
 }
 
@@ -176,6 +183,7 @@ func (q *pod) stop(linger time.Duration) {
 	q.stopServing()
 	q.closeListeners()
 	q.accepts.Wait()
+	q.server.Shutdown()
 	q.resolver.stop()
 }
 
@@ -185,17 +193,20 @@ func (q *pod) finish(timeout time.Duration) {
 	t := time.AfterFunc(timeout, q.force)
 	defer t.Stop()
 	q.conns.Wait()
+	q.server.Wait()
 	q.forceStop()
 }
 
 // force aborts every connection.
 func (q *pod) force() {
+	cause := errors.New("closed: the drain time is over")
 	for _, f := range q.proxy.flows.all() {
 		if f.pod == q {
-			f.abort(errors.New("closed: the drain time is over"))
+			f.abort(cause)
 		}
 	}
-	q.forceStop() // tunnels, and what has not begun yet
+	q.server.Abort(cause)
+	q.forceStop() // what has not begun yet
 }
 
 func (q *pod) closeListeners() {

@@ -28,6 +28,7 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/weft-mesh/weft/hbone"
+	"github.com/weft-mesh/weft/hbone/loop"
 	"github.com/weft-mesh/weft/identity"
 	"github.com/weft-mesh/weft/internal/handoff"
 	"github.com/weft-mesh/weft/internal/run"
@@ -65,6 +66,11 @@ type Config struct {
 	// left. When the pod is gone they end by themselves; when it only left the
 	// mesh they are its user's. 0 is an hour.
 	LeaveTimeout time.Duration
+	// MaxConnections bounds the open connections of one pod, both directions
+	// together: 10000 if it is zero. More are refused, with a line in the log.
+	MaxConnections int
+	// Loops is how many threads carry tunnelled connections: see loop.Config.
+	Loops int
 }
 
 // Timings that are not worth a setting.
@@ -89,7 +95,8 @@ const (
 // New, then call Run; pods may be added before.
 type Proxy struct {
 	cfg        Config
-	pool       *hbone.Pool
+	engine     *loop.Engine
+	pool       *loop.Pool
 	telemetry  *telemetry
 	flows      registry
 	handshakes *semaphore.Weighted
@@ -112,10 +119,11 @@ var _ handoff.Handler = (*Proxy)(nil)
 func New(cfg Config) *Proxy {
 	cfg.DrainTimeout = cmp.Or(cfg.DrainTimeout, 20*time.Second)
 	cfg.LeaveTimeout = cmp.Or(cfg.LeaveTimeout, time.Hour)
+	cfg.MaxConnections = cmp.Or(cfg.MaxConnections, 10000)
 	p := &Proxy{
 		cfg:       cfg,
 		active:    !cfg.Standby,
-		telemetry: newTelemetry(cfg.Metrics, &accessLog{w: cfg.AccessLog, now: time.Now}),
+		telemetry: newTelemetry(cfg.Metrics, newAccessLog(cfg.AccessLog)),
 		// Each handshake is milliseconds of CPU; a storm of them must not starve
 		// what is established.
 		handshakes: semaphore.NewWeighted(int64(max(1, runtime.GOMAXPROCS(0)/2))),
@@ -123,12 +131,14 @@ func New(cfg Config) *Proxy {
 		pods:       make(map[string]*pod),
 		owners:     make(map[string]*pod),
 	}
-	p.pool = hbone.NewPool(hbone.PoolConfig{
-		Dial:        p.dialTunnel,
-		TLS:         p.tunnelTLS,
-		Log:         cfg.Log,
-		DialTimeout: connectTimeout,
-		Handshakes:  p.handshakes,
+	p.engine = loop.New(loop.Config{Loops: cfg.Loops})
+	p.pool = p.engine.NewPool(loop.PoolConfig{
+		Dial:          p.dialTunnel,
+		TLS:           p.tunnelTLS,
+		Log:           cfg.Log,
+		DialTimeout:   connectTimeout,
+		AnswerTimeout: tunnelTimeout,
+		Handshakes:    p.handshakes,
 	})
 	return p
 }
@@ -140,7 +150,13 @@ func (p *Proxy) Run(ctx context.Context) error {
 	work, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	return run.All(work,
-		p.pool.Run,
+		p.engine.Run,
+		func(ctx context.Context) error {
+			<-ctx.Done()
+			p.pool.Close()
+			return nil
+		},
+		p.telemetry.log.run,
 		p.recheck,
 		p.countBytes,
 		func(context.Context) error {
@@ -331,7 +347,7 @@ func (p *Proxy) await(ctx context.Context, ok func(*view.View) bool) *view.View 
 // dialTunnel connects for the pool, from the namespace of the target's owner. It
 // waits for the certificate first: a handshake that waits would keep others
 // from theirs.
-func (p *Proxy) dialTunnel(ctx context.Context, t hbone.Target) (net.Conn, error) {
+func (p *Proxy) dialTunnel(ctx context.Context, t hbone.Target) (*net.TCPConn, error) {
 	p.mu.Lock()
 	q := p.owners[t.Owner]
 	p.mu.Unlock()

@@ -48,11 +48,11 @@ func labelsOf(f *flow) labels {
 	if f.mutualTLS {
 		l[22] = "mutual_tls"
 	}
-	workloadLabels(l[1:9], f.source, f.sourceID)
+	workloadLabels(l[1:9], f.source, proved(f.sourceID))
 	if s := f.service; s != nil {
 		l[9], l[10], l[11] = string(s.Name.Host), s.Name.Namespace, s.ShortName
 	}
-	destination := f.destinationID
+	destination := proved(f.destinationID)
 	if destination.IsZero() && f.destination != nil {
 		destination = f.destination.Identity
 	}
@@ -143,7 +143,7 @@ func (t *telemetry) begin(f *flow) {
 func (t *telemetry) progress(f *flow) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	sent, received := f.stats.Sent.Load(), f.stats.Received.Load()
+	sent, received := f.moved()
 	f.counters.received.Add(float64(sent - f.reported.sent))
 	f.counters.sent.Add(float64(received - f.reported.received))
 	f.reported.sent, f.reported.received = sent, received

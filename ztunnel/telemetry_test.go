@@ -16,6 +16,8 @@ import (
 	"github.com/weft-mesh/weft/mesh"
 )
 
+func at(s string) endpoint { return endpointOf(netip.MustParseAddrPort(s)) }
+
 func TestAccessLine(t *testing.T) {
 	start := time.Date(2026, 11, 21, 7, 42, 19, 0, time.UTC)
 	client, server := workload("client", "10.0.0.2"), workload("server", "10.0.0.4")
@@ -24,13 +26,13 @@ func TestAccessLine(t *testing.T) {
 	stats.Sent.Store(100)
 	stats.Received.Store(2000)
 	full := flow{
-		direction: outbound, src: netip.MustParseAddrPort("10.0.0.2:40000"), dst: netip.MustParseAddrPort("10.0.0.4:15008"),
-		target: netip.MustParseAddrPort("10.0.0.4:8080"), source: &client, destination: &server, service: &s,
-		sourceID: client.Identity, destinationID: server.Identity, mutualTLS: true, start: start, stats: stats,
+		direction: outbound, src: at("10.0.0.2:40000"), dst: at("10.0.0.4:15008"),
+		target: at("10.0.0.4:8080"), source: &client, destination: &server, service: &s,
+		sourceID: &client.Identity, destinationID: &server.Identity, mutualTLS: true, start: start.UnixNano(), plain: &plainFlow{stats: stats},
 	}
 	plain := &flow{
-		direction: inbound, src: netip.MustParseAddrPort("[fd00::9]:1234"), dst: netip.MustParseAddrPort("[fd00::4]:8080"),
-		destination: &server, start: start, stats: stats,
+		direction: inbound, src: at("[fd00::9]:1234"), dst: at("[fd00::4]:8080"),
+		destination: &server, start: start.UnixNano(), plain: &plainFlow{stats: stats},
 	}
 	tests := []struct {
 		name string
@@ -50,7 +52,7 @@ func TestAccessLine(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			if diff := cmp.Diff(tt.want, string(accessLine(tt.f, tt.err, start.Add(1500*time.Millisecond)))); diff != "" {
+			if diff := cmp.Diff(tt.want, string(appendAccessLine(nil, tt.f, tt.err, start.Add(1500*time.Millisecond)))); diff != "" {
 				t.Error(diff)
 			}
 		})
@@ -71,7 +73,7 @@ func TestLabels(t *testing.T) {
 	server := workload("server", "10.0.0.4")
 	s := service("server", "10.96.0.1")
 	got := map[string]string{}
-	l := labelsOf(&flow{direction: inbound, source: &client, sourceID: client.Identity, destination: &server, service: &s, mutualTLS: true})
+	l := labelsOf(&flow{direction: inbound, source: &client, sourceID: &client.Identity, destination: &server, service: &s, mutualTLS: true})
 	for i, n := range labelNames() {
 		got[n] = l[i]
 	}
@@ -93,10 +95,10 @@ func TestLabels(t *testing.T) {
 func TestProgress(t *testing.T) {
 	reg := prometheus.NewRegistry()
 	tel := newTelemetry(reg, &accessLog{})
-	f := &flow{direction: outbound, stats: new(relay.Stats)}
+	f := &flow{direction: outbound, plain: &plainFlow{stats: new(relay.Stats)}}
 	tel.begin(f)
 	for _, n := range []int64{5, 12, 12, 40} {
-		f.stats.Sent.Store(n)
+		f.plain.stats.Sent.Store(n)
 		tel.progress(f)
 	}
 	fs, err := reg.Gather()
