@@ -1,11 +1,13 @@
 package e2e
 
 import (
-	"context"
 	"fmt"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/weft-mesh/weft/e2e/score"
 )
 
 const redirection = `jsonpath={.metadata.annotations.ambient\.istio\.io/redirection}`
@@ -36,44 +38,99 @@ func wantMeshed(t *testing.T, ns, client string, want bool) {
 	})
 }
 
-// The label on a namespace takes its running pods into the mesh and out of it
-// again; open connections survive both.
+// The label on a namespace takes its running pods into the mesh, out of it and
+// in again. Whatever their connections do meanwhile, those they have accepted
+// and those they have opened, from and to pods inside and outside of the mesh:
+// none breaks, and no new one fails.
 func TestLabelOnAndOff(t *testing.T) {
 	const ns = "joins"
-	apply(t, namespaceYAML(ns, "")+podYAML(ns, "client", "node1", "args: [sleep]")+podYAML(ns, "server", "node2", "args: [server]")+serviceYAML(ns, "server", "server", ""))
+	apply(t, namespaceYAML(ns, "")+podYAML(ns, "client", "node1", "args: [sleep]")+podYAML(ns, "pivot", "node2", "args: [server]"))
 	kubectl(t, "wait", "-n", ns, "--for=condition=Ready", "pod", "--all", "--timeout=60s")
 	apply(t, peerAuthentication("v1", "default", "STRICT"))
 	wantMeshed(t, ns, "client", false)
-
-	v4, _ := addresses(t, ns, "server")
-	held := make(chan reply, 1)
-	go func() {
-		r, err := tryQuietly(context.Background(), ns, "client", "hold", "-addr", v4.String()+":9000", "-for", "30s")
-		if err != nil {
-			r.Error = err.Error()
-		}
-		held <- r
-	}()
-	eventually(t, 15*time.Second, func() error {
-		table := kubectl(t, "exec", "-n", ns, "server", "--", "/bin/testapp", "cat", "/proc/net/tcp", "/proc/net/tcp6")
-		if countEstablished(table, ":2328") == 0 {
-			return fmt.Errorf("the connection that is to be held is not open yet")
-		}
-		return nil
-	})
-
-	kubectl(t, "label", "namespace", ns, "istio.io/dataplane-mode=ambient")
-	wantCaptured(t, ns, "client", true)
-	wantCaptured(t, ns, "server", true)
-	wantMeshed(t, ns, "client", true)
-	kubectl(t, "label", "namespace", ns, "istio.io/dataplane-mode-")
-	wantCaptured(t, ns, "client", false)
-	wantMeshed(t, ns, "client", false)
-	if got := try(t, ns, "client", "get", "http://server/"); !got.OK {
-		t.Errorf("after leaving the mesh: got %+v, want an answer", got)
+	pivot4, pivot6 := addresses(t, ns, "pivot")
+	near4, _ := addresses(t, outside, "near")
+	loads := []*load{
+		startLoad(t, outside, "client", "-to", pivot4.String()),
+		startLoad(t, meshed, "client", "-to", pivot6.String()),
+		startLoad(t, ns, "pivot", "-to", near4.String()),
 	}
-	if r := <-held; !r.OK {
-		t.Errorf("a connection that was open before the label: got %+v, want it to survive", r)
+	for _, l := range loads {
+		l.waitReady(t)
+	}
+	for _, label := range []string{"istio.io/dataplane-mode=ambient", "istio.io/dataplane-mode-", "istio.io/dataplane-mode=ambient"} {
+		in := !strings.HasSuffix(label, "-")
+		kubectl(t, "label", "namespace", ns, label)
+		wantCaptured(t, ns, "client", in)
+		wantCaptured(t, ns, "pivot", in)
+		wantMeshed(t, ns, "client", in)
+		for _, l := range loads {
+			l.served(t, time.Now(), 1)
+		}
+	}
+	var events []event
+	for _, l := range loads {
+		events = append(events, l.end(t)...)
+	}
+	score.Record(t, account(t, "enrol.label", events)...)
+}
+
+// account makes a row of each load out of all events, and fails the test if
+// anything was refused or broke.
+func account(t *testing.T, name string, events []event) []score.Row {
+	t.Helper()
+	var rows []score.Row
+	for _, kind := range []string{"idle", "requests", "bulk", "long"} {
+		n, refused, broken := 0, 0, 0
+		for _, e := range events {
+			switch {
+			case e.Load != kind:
+				continue
+			case e.Refused:
+				refused++
+			case e.Error != "":
+				broken++
+			}
+			n++
+			if e.Error != "" && refused+broken < 5 {
+				t.Errorf("%s to %s, begun at %v, ended at %v: %s", kind, e.To, time.Unix(0, e.Start), time.Unix(0, e.End), e.Error)
+			}
+		}
+		t.Logf("%s: %d attempted, %d refused, %d broken", kind, n, refused, broken)
+		rows = append(rows, score.Row{Name: name + "." + kind, Attempted: score.N(n), Refused: score.N(refused), Broken: score.N(broken)})
+	}
+	return rows
+}
+
+// Who asks for it has the connections of a running pod reset when it joins, so
+// that all of them come back through the mesh.
+func TestLabelResetsIfAsked(t *testing.T) {
+	const ns = "resets"
+	apply(t, strings.Replace(namespaceYAML(ns, ""), "{name: resets", `{name: resets, annotations: {ambient.weft.dev/existing-connections: reset}`, 1)+
+		podYAML(ns, "pivot", "node2", "args: [server]"))
+	kubectl(t, "wait", "-n", ns, "--for=condition=Ready", "pod", "--all", "--timeout=60s")
+	pivot4, _ := addresses(t, ns, "pivot")
+	near4, _ := addresses(t, outside, "near")
+	loads := []*load{startLoad(t, outside, "client", "-to", pivot4.String()), startLoad(t, ns, "pivot", "-to", near4.String())}
+	for _, l := range loads {
+		l.waitReady(t)
+	}
+	kubectl(t, "label", "namespace", ns, "istio.io/dataplane-mode=ambient")
+	wantCaptured(t, ns, "pivot", true)
+	for _, l := range loads {
+		l.served(t, time.Now(), 1)
+		idle, broken := 0, 0
+		for _, e := range l.end(t) {
+			if e.Load == "idle" {
+				idle++
+				if e.Error != "" {
+					broken++
+				}
+			}
+		}
+		if idle == 0 || broken != idle {
+			t.Errorf("%s: %d of %d connections from before were reset, want all", l.name, broken, idle)
+		}
 	}
 }
 
@@ -158,4 +215,117 @@ func TestProbesUnderStrict(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A NetworkPolicy that denies all traffic by default stands between a node and
+// its pod: rules in the node that let through only what comes from the node's
+// own addresses, which every policy must allow. Probes of every kind pass, and
+// the application sees who probes it; pods of the mesh are kept out, until the
+// policy allows the port of tunnels.
+func TestProbesUnderNetworkPolicy(t *testing.T) {
+	probes := []string{"httpGet: {port: 8080, path: /healthz}", "tcpSocket: {port: 9000}", "grpc: {port: 9090}"}
+	nodes := map[string][]string{"node1": {"172.30.0.11", "fd57:eff7::11"}, "node2": {"172.30.0.12", "fd57:eff7::12"}}
+	y := peerAuthentication("v1", "default", "STRICT")
+	for node := range nodes {
+		for i, p := range probes {
+			y += podYAML(meshed, fmt.Sprintf("denied-%s-%d", node, i), node, fmt.Sprintf(`args: [server]
+    readinessProbe: {%[1]s, periodSeconds: 1, failureThreshold: 1, timeoutSeconds: 2}
+    livenessProbe: {%[1]s, periodSeconds: 1, failureThreshold: 2, timeoutSeconds: 2}`, p))
+		}
+	}
+	apply(t, y)
+	kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod", "--all", "--timeout=60s")
+	for node, own := range nodes {
+		t.Run(node, func(t *testing.T) {
+			rules := []string{
+				"add table inet weft_policy",
+				"add chain inet weft_policy forward { type filter hook forward priority -400; }",
+				"add chain inet weft_policy output { type filter hook output priority 400; }",
+			}
+			t.Cleanup(func() { nft(t, node, "delete table inet weft_policy") })
+			var pods []string
+			var first netip.Addr
+			for i := range probes {
+				pods = append(pods, fmt.Sprintf("denied-%s-%d", node, i))
+				v4, v6 := addresses(t, meshed, pods[i])
+				if i == 0 {
+					first = v4
+				}
+				rules = append(rules,
+					fmt.Sprintf("add rule inet weft_policy forward ip daddr %v drop", v4), fmt.Sprintf("add rule inet weft_policy forward ip6 daddr %v drop", v6),
+					fmt.Sprintf("add rule inet weft_policy output ip daddr %v ip saddr != %s drop", v4, own[0]), fmt.Sprintf("add rule inet weft_policy output ip6 daddr %v ip6 saddr != %s drop", v6, own[1]))
+			}
+			url := "http://" + netip.AddrPortFrom(first, 8080).String() + "/"
+			if got := try(t, meshed, "client", "get", url); !got.OK {
+				t.Fatalf("before the policy: got %+v, want an answer", got)
+			}
+			nft(t, node, rules...)
+			start := time.Now()
+			eventually(t, 15*time.Second, func() error { // what is pooled ends too
+				if got := try(t, meshed, "far", "get", "-timeout", "1s", url); got.OK {
+					return fmt.Errorf("under the policy: got %+v, want no answer", got)
+				}
+				return nil
+			})
+			eventually(t, 20*time.Second, func() error {
+				for _, pod := range pods {
+					if got := kubectl(t, "get", "pod", "-n", meshed, pod, "-o", `jsonpath={.status.containerStatuses[0].restartCount} {.status.containerStatuses[0].ready}`); got != "0 true" {
+						t.Fatalf("%s: restarts and readiness are %q under the policy, want 0 true", pod, got)
+					}
+				}
+				if time.Since(start) < 5*time.Second {
+					return fmt.Errorf("too early to tell")
+				}
+				return nil
+			})
+			prober := try(t, meshed, pods[0], "get", "http://127.0.0.1:8080/prober")
+			from, err := netip.ParseAddrPort(prober.Remote)
+			if err != nil || from.Addr().String() != own[0] {
+				t.Errorf("the application was probed by %q, want the node's address %s", prober.Remote, own[0])
+			}
+			nft(t, node, "insert rule inet weft_policy forward tcp dport 15008 accept")
+			eventually(t, 15*time.Second, func() error {
+				if got := try(t, meshed, "far", "get", "-timeout", "2s", url); !got.OK {
+					return fmt.Errorf("under a policy that allows tunnels: got %+v, want an answer", got)
+				}
+				return nil
+			})
+		})
+	}
+}
+
+// A pod that is deleted goes on working, and is served, until its last process
+// ends: new connections to it, and its own.
+func TestTerminatingPodIsServed(t *testing.T) {
+	const pod, sleeps = "leaves", 8 * time.Second
+	y := strings.Replace(podYAML(meshed, pod, "node2", fmt.Sprintf(`args: [server]
+    lifecycle: {preStop: {exec: {command: [/bin/testapp, sleep, %v]}}}`, sleeps)), "terminationGracePeriodSeconds: 1", "terminationGracePeriodSeconds: 30", 1)
+	apply(t, y)
+	kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod/"+pod, "--timeout=60s")
+	wantCaptured(t, meshed, pod, true)
+	apply(t, peerAuthentication("v1", "default", "STRICT"))
+	wantServed(t, outside, "client", "far", false)
+	v4, _ := addresses(t, meshed, pod)
+	near6, _ := addresses(t, meshed, "near")
+	to := startLoad(t, meshed, "client", "-to", v4.String())
+	from := startLoad(t, meshed, pod, "-to", near6.String())
+	to.waitReady(t)
+	from.waitReady(t)
+	start := time.Now()
+	kubectl(t, "delete", "pod", "-n", meshed, pod, "--wait=false")
+	stays := time.NewTimer(sleeps - time.Second)
+	<-stays.C
+	phase := kubectl(t, "get", "pod", "-n", meshed, pod, "-o", "jsonpath={.metadata.deletionTimestamp}")
+	if phase == "" {
+		t.Error("the pod is not being deleted")
+	}
+	to.served(t, start.Add(sleeps-2*time.Second), 1)
+	from.served(t, start.Add(sleeps-2*time.Second), 1)
+	events := append(from.end(t), to.end(t)...)
+	if took := time.Since(start); took > sleeps {
+		t.Errorf("the loads ended after %v, when the pod was gone perhaps", took)
+	}
+	score.Record(t, account(t, "lifecycle.terminating", events)...)
+	kubectl(t, "wait", "-n", meshed, "--for=delete", "pod/"+pod, "--timeout=60s")
+	wantNoLeaks(t)
 }

@@ -3,16 +3,24 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"maps"
 	"os"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/weft-mesh/weft/e2e/score"
 )
 
-// While the node's agent is away, a pod of the mesh is not started uncaptured:
-// its creation fails with an event that says why, and succeeds once the agent
-// is back. Meanwhile captured pods go on.
-func TestAgentAway(t *testing.T) {
+// Agent and ztunnel are away for more than a minute, on both nodes. Nobody gets
+// in or out in clear; liveness probes go on; a pod of the mesh is not started
+// uncaptured: its creation fails with an event that says why. Once both are
+// back all is well by itself.
+func TestAgentAndZtunnelAway(t *testing.T) {
+	apply(t, aliveYAML()+peerAuthentication("v1", "default", "STRICT"))
+	kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod", "--all", "--timeout=90s")
+	wantServed(t, outside, "client", "near", false)
+	alive := restarts(t)
 	patch := func(value string) {
 		kubectl(t, "patch", "daemonset", "-n", "weft-system", "ztunnel", "--type=merge", "-p",
 			fmt.Sprintf(`{"spec":{"template":{"spec":{"nodeSelector":%s}}}}`, value))
@@ -30,6 +38,12 @@ func TestAgentAway(t *testing.T) {
 		}
 		return nil
 	})
+	start := time.Now()
+	w := watchNode(t, "node1", allAddresses(t, meshed, "client", "near", "far"), allAddresses(t, outside, "client", "far"))
+	near, _ := addresses(t, meshed, "near")
+	far, _ := addresses(t, outside, "far")
+	in := startLoad(t, outside, "client", append(onlyRequests(), "-to", near.String())...)
+	out := startLoad(t, meshed, "client", append(onlyRequests(), "-to", far.String())...)
 	apply(t, podYAML(meshed, "waits", "node1", "args: [sleep]"))
 	eventually(t, 60*time.Second, func() error {
 		events := kubectl(t, "get", "events", "-n", meshed, "--field-selector", "involvedObject.name=waits", "-o", "jsonpath={range .items[*]}{.message}{\"\\n\"}{end}")
@@ -39,19 +53,28 @@ func TestAgentAway(t *testing.T) {
 		t.Log(firstLine(events, "weft"))
 		return nil
 	})
+	minute := time.NewTimer(time.Until(start.Add(65 * time.Second)))
+	<-minute.C
 	if got := kubectl(t, "get", "pod", "-n", meshed, "waits", "-o", "jsonpath={.status.phase}"); got != "Pending" {
 		t.Errorf("the pod is %s while the agent is away, want Pending", got)
 	}
-	// Nothing is sent in clear in the meantime: the proxy is gone, so are the answers.
-	if got := try(t, meshed, "client", "get", "http://far."+outside+"/"); got.OK {
-		t.Errorf("with agent and proxy gone a captured pod got %+v, want nothing to pass", got)
+	rows := []score.Row{blocked(t, "fault.both.away.inbound", in.end(t)), blocked(t, "fault.both.away.outbound", out.end(t))}
+	if _, clear, _, example := w.take(); clear > 0 {
+		t.Errorf("%d segments of the mesh in clear, for example %s", clear, example)
 	}
+	failed := 0
+	if now := restarts(t); !maps.Equal(now, alive) {
+		t.Errorf("restarts of the application's containers: %v, before %v", now, alive)
+		failed++
+	}
+	rows = append(rows, score.Row{Name: "fault.both.away.probes", Attempted: score.N(len(alive)), Broken: score.N(failed)})
 	patch(`null`)
 	kubectl(t, "rollout", "status", "-n", "weft-system", "daemonset/ztunnel", "--timeout=120s")
 	kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod/waits", "--timeout=120s")
 	wantCaptured(t, meshed, "waits", true)
 	wantServed(t, meshed, "waits", "far", true)
 	wantServed(t, meshed, "client", "far", true)
+	score.Record(t, rows...)
 }
 
 // firstLine returns the first line of text that holds what.

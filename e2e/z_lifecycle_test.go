@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -21,20 +20,6 @@ func pinned(t *testing.T, node string) []string {
 		t.Fatalf("list the pins of %s: %v", node, err)
 	}
 	return slices.Sorted(slices.Values(strings.Fields(string(out))))
-}
-
-// openFiles returns how many descriptors a program of a node has open.
-func openFiles(t *testing.T, node, name string) int {
-	t.Helper()
-	const script = `for d in /proc/[0-9]*; do
-	read -r comm <"$d/comm" && [ "$comm" = "$0" ] && ls "$d/fd" | wc -l
-done 2>/dev/null; true`
-	out, err := world.c.NodeCommand(t.Context(), node, "sh", "-c", script, name).Output()
-	n, bad := strconv.Atoi(strings.TrimSpace(string(out)))
-	if err != nil || bad != nil {
-		t.Fatalf("count the descriptors of %s on %s: %v: %q", name, node, err, out)
-	}
-	return n
 }
 
 // captured returns the UIDs of the living pods that say they are captured, and
@@ -108,64 +93,6 @@ func agentErrors(t *testing.T, since time.Time) []string {
 		}
 	}
 	return errs
-}
-
-// Pods come and go, on both nodes and in parallel: nothing of them stays.
-func TestPodChurn(t *testing.T) {
-	const pods = 20
-	wantNoLeaks(t)
-	restarts, _ := proxies(t)
-	count := func() map[string]int {
-		now := map[string]int{}
-		for _, node := range []string{"node1", "node2"} {
-			for _, name := range []string{"weft-node", "ztunnel"} {
-				now[node+" "+name] = openFiles(t, node, name)
-			}
-		}
-		return now
-	}
-	files := count()
-	start := time.Now()
-	var y strings.Builder
-	y.WriteString(namespaceYAML("churn", "ambient"))
-	for i := range pods {
-		y.WriteString(podYAML("churn", fmt.Sprintf("pod-%d", i), fmt.Sprintf("node%d", i%2+1), "args: [sleep]"))
-	}
-	apply(t, y.String())
-	var each sync.WaitGroup
-	for half := range 2 { // each node's pods go as soon as they are all there
-		each.Go(func() {
-			var names []string
-			for i := half; i < pods; i += 2 {
-				names = append(names, fmt.Sprintf("pod/pod-%d", i))
-			}
-			if _, err := world.c.Kubectl(t.Context(), append([]string{"wait", "-n", "churn", "--for=condition=Ready", "--timeout=60s"}, names...)...); err != nil {
-				t.Error(err)
-			}
-			if _, err := world.c.Kubectl(t.Context(), append([]string{"delete", "-n", "churn", "--wait", "--timeout=60s"}, names...)...); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-	each.Wait()
-	took := time.Since(start)
-	wantNoLeaks(t)
-	t.Logf("%d pods were made and deleted in %v", pods, took.Round(100*time.Millisecond))
-	// What every pod costs would show twenty times; a connection or two to
-	// others may come or go by itself.
-	eventually(t, 10*time.Second, func() error {
-		now := count()
-		for name, n := range now {
-			if n > files[name]+pods/4 {
-				return fmt.Errorf("%s has %d open descriptors, before it had %d", name, n, files[name])
-			}
-		}
-		t.Logf("open descriptors before %v, after %v", files, now)
-		return nil
-	})
-	if now, _ := proxies(t); !maps.Equal(now, restarts) {
-		t.Errorf("containers of the DaemonSet: %v, before %v", now, restarts)
-	}
 }
 
 // Pods are deleted while they are being brought in: nothing is left of them,

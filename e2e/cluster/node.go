@@ -12,6 +12,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
+	"github.com/weft-mesh/weft/e2e/cluster/internal/enter"
 	"github.com/weft-mesh/weft/e2e/cluster/internal/nodespec"
 )
 
@@ -143,15 +144,57 @@ func (c *Cluster) describeNode(n int) (nodespec.Node, error) {
 // removeNode stops node n and removes everything of it but its network
 // namespace.
 func (c *Cluster) removeNode(ctx context.Context, n int) error {
+	if err := c.haltNode(ctx, n); err != nil {
+		return err
+	}
+	return os.RemoveAll(c.nodeDir(n))
+}
+
+// haltNode ends everything on node n; what it wrote to its disk stays.
+func (c *Cluster) haltNode(ctx context.Context, n int) error {
 	// Process 1 of a pid namespace takes all the others along, and they the
 	// mounts.
 	if err := c.stop(ctx, NodeName(n)); err != nil {
 		return err
 	}
-	if err := c.removeCgroups(ctx, NodeName(n)); err != nil {
-		return err
+	return c.removeCgroups(ctx, NodeName(n))
+}
+
+// Reboot switches a node ("node1") off and on again. Every process and pod ends
+// at once, and what was in memory is gone: network namespaces, mounts, eBPF,
+// /run, links, routes and rules. What was on disk is there again: containers
+// and images, the kubelet's state, the network configuration with its plugins.
+// Reboot returns when the node begins to start; its pods follow.
+func (c *Cluster) Reboot(ctx context.Context, node string) error {
+	for n := 1; n <= nodes; n++ {
+		if NodeName(n) != node {
+			continue
+		}
+		if err := c.haltNode(ctx, n); err != nil {
+			return err
+		}
+		if err := enter.Net(c.netnsPath(node), clearNetwork); err != nil {
+			return fmt.Errorf("clear the network of %s: %w", node, err)
+		}
+		return c.startNode(ctx, n)
 	}
-	return os.RemoveAll(c.nodeDir(n))
+	return fmt.Errorf("reboot %s: there is no such node", node)
+}
+
+// clearNetwork removes what the programs of a node have made in its network
+// namespace. The links to pods went with the pods.
+func clearNetwork() error {
+	for _, argv := range [][]string{{"ip", "link", "delete", "cni0"}, {"nft", "flush", "ruleset"}, {"conntrack", "-F"}} {
+		path, err := findProgram(argv[0])
+		if err != nil {
+			return err
+		}
+		out, err := exec.Command(path, argv[1:]...).CombinedOutput()
+		if err != nil && argv[0] == "nft" { // the others fail if there is nothing
+			return fmt.Errorf("%v: %w: %s", argv, err, out)
+		}
+	}
+	return nil
 }
 
 // NodeCommand returns a command that runs argv inside a node ("node1"), with the

@@ -37,6 +37,7 @@ func commands() map[string]command {
 		"banner":     {"banner -addr HOST:PORT: wait for the server to speak first", verb(bannerOnce)},
 		"connect":    {"connect -addr HOST:PORT: open a connection and close it", verb(connectOnce)},
 		"hold":       {"hold -addr HOST:PORT [-for DURATION]: one connection, an echo every 50 ms", verb(holdOn)},
+		"load":       {"load -to ADDRESS,...: idle, long-lived, new and bulk connections at once, until the input ends", load},
 		"lookup":     {"lookup [flags] NAME...: resolve names", lookup},
 		"exec-probe": {"exec-probe [URL]: fails unless the URL answers 200", probe},
 		"sleep":      {"sleep [DURATION]: do nothing", sleep},

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -106,7 +107,15 @@ func serveHTTP(ctx context.Context, l net.Listener, text string) error {
 		w.Header().Set("Content-Type", "application/json")
 		json.NewEncoder(w).Encode(a)
 	})
-	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "ok\n") })
+	var prober atomic.Value // where the last request for /healthz came from
+	mux.HandleFunc("/healthz", func(w http.ResponseWriter, r *http.Request) {
+		prober.Store(r.RemoteAddr)
+		io.WriteString(w, "ok\n")
+	})
+	mux.HandleFunc("/prober", func(w http.ResponseWriter, _ *http.Request) {
+		remote, _ := prober.Load().(string)
+		json.NewEncoder(w).Encode(answer{Host: host, Remote: remote})
+	})
 	mux.HandleFunc("/status/{code}", func(w http.ResponseWriter, r *http.Request) {
 		code, err := strconv.Atoi(r.PathValue("code"))
 		if err != nil || code < 200 || code > 599 {

@@ -98,6 +98,7 @@ func lookup(ctx context.Context, args []string, out io.Writer) error {
 	fs := flag.NewFlagSet("lookup", flag.ContinueOnError)
 	server := fs.String("server", "", "address of the DNS server; empty for /etc/resolv.conf")
 	network := fs.String("network", "ip", "ip, ip4 or ip6")
+	tcp := fs.Bool("tcp", false, "ask over TCP")
 	timeout := fs.Duration("timeout", 4*time.Second, "for one name")
 	if err := fs.Parse(args); err != nil {
 		return err
@@ -106,12 +107,18 @@ func lookup(ctx context.Context, args []string, out io.Writer) error {
 		return errors.New("want a name")
 	}
 	r := &net.Resolver{PreferGo: true}
+	if *tcp && *server == "" {
+		return errors.New("-tcp wants a -server")
+	}
 	if *server != "" {
 		to := *server
 		if _, _, err := net.SplitHostPort(to); err != nil {
 			to = net.JoinHostPort(to, "53")
 		}
 		r.Dial = func(ctx context.Context, network, _ string) (net.Conn, error) {
+			if *tcp {
+				network = "tcp"
+			}
 			return new(net.Dialer).DialContext(ctx, network, to)
 		}
 	}

@@ -20,16 +20,20 @@ import (
 // HBONE is the port on which meshed pods accept mutual TLS.
 const HBONE = 15008
 
-// A Segment is a TCP segment with a payload.
+// A Segment is a TCP segment.
 type Segment struct {
 	When     time.Time
 	Src, Dst netip.AddrPort
+	SYN      bool // it asks for a connection: SYN without ACK
 	Payload  []byte
 }
 
-// A Tap records the TCP segments that cross one interface. Close it after use.
+// A Tap records the TCP segments with a payload that cross one interface. Close
+// it after use.
 type Tap struct {
 	fd     int
+	length int           // of a frame that is read; the rest is cut off
+	each   func(Segment) // of OpenFunc
 	closed atomic.Bool
 	reader sync.WaitGroup
 
@@ -42,13 +46,26 @@ type Tap struct {
 // example "/run/netns/node1" and "eth0"; an empty interface is all of them. It
 // needs CAP_NET_RAW and CAP_SYS_ADMIN.
 func Open(path, iface string) (*Tap, error) {
-	fd, err := packetSocket(path, iface)
-	if err != nil {
-		return nil, fmt.Errorf("watch %s in %s: %w", iface, path, err)
+	t := &Tap{length: 1 << 17}
+	t.each = t.record
+	return t, t.open(path, iface)
+}
+
+// OpenFunc is Open, but keeps nothing: each segment, also one without payload,
+// is given to a function, one after the other until Close returns. Of the
+// payload only the beginning is there.
+func OpenFunc(path, iface string, each func(Segment)) (*Tap, error) {
+	t := &Tap{length: 512, each: each}
+	return t, t.open(path, iface)
+}
+
+func (t *Tap) open(path, iface string) error {
+	var err error
+	if t.fd, err = packetSocket(path, iface); err != nil {
+		return fmt.Errorf("watch %s in %s: %w", iface, path, err)
 	}
-	t := &Tap{fd: fd}
 	t.reader.Go(t.read)
-	return t, nil
+	return nil
 }
 
 // packetSocket makes a packet socket inside the namespace. The thread that
@@ -112,7 +129,7 @@ func indexOf(fd int, iface string) (int, error) {
 }
 
 func (t *Tap) read() {
-	buf := make([]byte, 1<<17)
+	buf := make([]byte, t.length)
 	for !t.closed.Load() {
 		n, _, err := unix.Recvfrom(t.fd, buf, 0)
 		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) {
@@ -125,19 +142,27 @@ func (t *Tap) read() {
 			return
 		}
 		if s, ok := parse(buf[:n]); ok {
-			t.mu.Lock()
-			t.segments = append(t.segments, s)
-			t.mu.Unlock()
+			t.each(s)
 		}
 	}
 }
 
+// record keeps a segment that has a payload.
+func (t *Tap) record(s Segment) {
+	if len(s.Payload) == 0 {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.segments = append(t.segments, s)
+}
+
 // parse reads an Ethernet frame. It reports false for anything but a TCP
-// segment with a payload.
+// segment.
 func parse(frame []byte) (Segment, bool) {
 	p := gopacket.NewPacket(frame, layers.LayerTypeEthernet, gopacket.NoCopy)
 	tcp, ok := p.Layer(layers.LayerTypeTCP).(*layers.TCP)
-	if !ok || len(tcp.Payload) == 0 || p.NetworkLayer() == nil {
+	if !ok || p.NetworkLayer() == nil {
 		return Segment{}, false
 	}
 	src, _ := netip.AddrFromSlice(p.NetworkLayer().NetworkFlow().Src().Raw())
@@ -146,6 +171,7 @@ func parse(frame []byte) (Segment, bool) {
 		When:    time.Now(),
 		Src:     netip.AddrPortFrom(src, uint16(tcp.SrcPort)),
 		Dst:     netip.AddrPortFrom(dst, uint16(tcp.DstPort)),
+		SYN:     tcp.SYN && !tcp.ACK,
 		Payload: bytes.Clone(tcp.Payload),
 	}, true
 }

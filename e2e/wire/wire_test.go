@@ -46,7 +46,7 @@ func TestSighting(t *testing.T) {
 		t.Run(r.name, func(t *testing.T) {
 			tap := &Tap{}
 			if s, ok := parse(frame(t, r.src, r.dst, r.payload)); ok {
-				tap.segments = append(tap.segments, s)
+				tap.record(s)
 			}
 			got, err := tap.Between([]netip.Addr{a, b}, []byte("marker"), time.Time{})
 			got.FirstOther = ""

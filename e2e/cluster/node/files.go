@@ -37,10 +37,6 @@ func writeFiles(n nodespec.Node) error {
 	for _, a := range n.Addresses {
 		hosts += a + " " + n.Name + "\n"
 	}
-	// A machine's CNI configuration would be taken for the cluster's.
-	if err := os.RemoveAll("/etc/cni/net.d"); err != nil {
-		return err
-	}
 	for path, text := range map[string]string{
 		"/etc/hosts":       hosts,
 		"/etc/hostname":    n.Name + "\n",
@@ -50,6 +46,9 @@ func writeFiles(n nodespec.Node) error {
 		proxyConfig:        proxyText,
 		networkConfig:      networkText,
 	} {
+		if _, err := os.Stat(path); path == networkConfig && err == nil {
+			continue // it is on the node's disk, and plugins may be chained to it
+		}
 		if err := writeTemplate(path, text, n); err != nil {
 			return fmt.Errorf("write %s: %w", path, err)
 		}

@@ -98,7 +98,8 @@ func waitContainerd(c *children, log string) error {
 	}
 }
 
-// importImages gives containerd every image archive the cluster holds.
+// importImages gives containerd every image archive the cluster holds that a
+// start of the node before this one has not imported yet.
 func importImages(n nodespec.Node, c *children, log string) error {
 	ctr, err := exec.LookPath("ctr")
 	if err != nil {
@@ -108,9 +109,24 @@ func importImages(n nodespec.Node, c *children, log string) error {
 	if err != nil {
 		return err
 	}
+	const done = "/var/lib/containerd/weft-imported"
+	if err := os.MkdirAll(done, 0o755); err != nil {
+		return err
+	}
 	for _, a := range archives {
+		info, err := os.Stat(a)
+		if err != nil {
+			return err
+		}
+		mark := filepath.Join(done, fmt.Sprintf("%s-%d-%d", filepath.Base(a), info.Size(), info.ModTime().UnixNano()))
+		if _, err := os.Stat(mark); err == nil {
+			continue
+		}
 		if err := c.run(log, ctr, "--namespace", "k8s.io", "images", "import", a); err != nil {
 			return fmt.Errorf("import image: %w", err)
+		}
+		if err := os.WriteFile(mark, nil, 0o644); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -39,7 +39,7 @@ func buildRoot(n nodespec.Node) error {
 		func() error { return mount("bpf", "/sys/fs/bpf", "bpf", 0, "mode=700") },
 		func() error { return os.MkdirAll("/run/netns", 0o755) },
 		func() error { return os.MkdirAll("/run/lock", 0o755) },
-		func() error { return os.Symlink("/run", "/var/run") },
+		func() error { return link("/run", "/var/run") },
 		// Pods that mount with propagation need shared mounts to share with.
 		func() error { return unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, "") },
 	}
@@ -92,7 +92,7 @@ func overlayEtc(root string) error {
 }
 
 // bindData shows the cluster's state, at the same place as on the machine, and
-// the node's own part of it as /var and /opt.
+// the node's own part of it as /var, /opt and /etc/cni.
 func bindData(root string, n nodespec.Node) error {
 	type pair struct {
 		src, dst string
@@ -101,6 +101,9 @@ func bindData(root string, n nodespec.Node) error {
 	for _, p := range []pair{
 		{n.Dir + "/var", "/var", 0},
 		{n.Dir + "/opt", "/opt", 0},
+		// Not the machine's network configuration; and it outlives the node's
+		// processes, as on a disk.
+		{n.Dir + "/cni", "/etc/cni", 0},
 		// After /var and /opt: they may lie below either.
 		{n.StateDir, n.StateDir, 0},
 		{n.ProgramDir, n.ProgramDir, unix.MS_RDONLY},
@@ -155,6 +158,14 @@ func mountCgroups(n nodespec.Node) error {
 		if err := mount(kind, filepath.Join(top, h.Mount), kind, 0, h.Options); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// link makes a symbolic link, unless a start of the node before this one has.
+func link(to, name string) error {
+	if err := os.Symlink(to, name); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
 	}
 	return nil
 }

@@ -1,0 +1,223 @@
+package e2e
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/weft-mesh/weft/e2e/score"
+	"github.com/weft-mesh/weft/e2e/wire"
+)
+
+// How often each of the two nodes is rebooted.
+const (
+	wholeReboots = 2
+	quickReboots = 48
+)
+
+// syns counts who asks for connections. What an application asks for, of a
+// Service, is seen on the wire only if it was not captured; ztunnel asks for
+// tunnels.
+type syns struct {
+	service map[netip.Addr]bool
+
+	mu      sync.Mutex
+	tunnels map[netip.Addr]time.Time // when a pod asked for a tunnel last
+	clear   int
+	example string
+}
+
+func (s *syns) see(g wire.Segment) {
+	if !g.SYN {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if g.Dst.Port() == wire.HBONE {
+		s.tunnels[g.Src.Addr()] = g.When
+	}
+	if s.service[g.Dst.Addr()] {
+		s.clear++
+		s.example = fmt.Sprintf("%v to %v at %v", g.Src, g.Dst, g.When)
+	}
+}
+
+// uncaptured returns how many asked for a connection in clear since it was
+// called last.
+func (s *syns) uncaptured() (int, string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n, example := s.clear, s.example
+	s.clear, s.example = 0, ""
+	return n, example
+}
+
+func (s *syns) lastTunnel(client netip.Addr) time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.tunnels[client]
+}
+
+// After each of a hundred reboots a labelled pod asks for a connection in its
+// first millisecond, and never does so outside the mesh.
+//
+// Four are whole ones: all of a node's processes, namespaces, mounts, rules and
+// eBPF end at once, and the node starts again from its disk. For the others the
+// kubelet, the container runtime and the pod that is asked go on; what decides
+// who is first is as after a boot: the agent, ztunnel and the labelled pods are
+// killed with their sandboxes, everything that Weft has pinned and all of its
+// files below /run are gone, and the kubelet makes all those pods again at the
+// same time, in an order of its own. The nodes do that side by side.
+func TestNodeReboots(t *testing.T) {
+	const ns = "boots"
+	servers := map[string]string{"node1": "far", "node2": "near"} // of the other node
+	y := namespaceYAML(ns, "ambient")
+	watches := map[string]*syns{}
+	for _, node := range []string{"node1", "node2"} {
+		v4, v6 := clusterIPs(t, meshed, servers[node])
+		s := &syns{service: map[netip.Addr]bool{v4: true, v6: true}, tunnels: map[netip.Addr]time.Time{}}
+		tap, err := wire.OpenFunc(world.c.NodeNetns(node), "", s.see)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := tap.Close(); err != nil {
+				t.Errorf("the watch of %s ended early: %v", node, err)
+			}
+		})
+		watches[node] = s
+		for i := range 2 {
+			y += podYAML(ns, fmt.Sprintf("early-%s-%d", node, i), node,
+				fmt.Sprintf(`args: [client, -listen, "", -quiet, -rate, "20", -timeout, 2s, -url, "http://%v/"]`, netip.AddrPortFrom(v4, 80)))
+		}
+	}
+	// The watch sees what it is there to see.
+	for node, pod := range map[string]string{"node1": "client", "node2": "far"} {
+		if got := try(t, outside, pod, "get", "http://"+servers[node]+"."+meshed+"/"); !got.OK {
+			t.Fatalf("outside the mesh: got %+v, want an answer", got)
+		}
+		if n, _ := watches[node].uncaptured(); n == 0 {
+			t.Fatalf("nothing was seen of a pod of %s outside the mesh", node)
+		}
+	}
+	apply(t, y)
+	kubectl(t, "wait", "-n", ns, "--for=condition=Ready", "pod", "--all", "--timeout=90s")
+	var mu sync.Mutex
+	boots, good, slowest := 0, 0, time.Duration(0)
+	boot := func(t *testing.T, node string, do func()) {
+		start := time.Now()
+		before := sandboxes(t, ns, node)
+		do()
+		earlyAgain(t, ns, node, before, watches[node], start)
+		took := time.Since(start)
+		n, example := watches[node].uncaptured()
+		if n > 0 {
+			t.Errorf("reboot %d of %s: %d connections outside the mesh, for example from %s", boots, node, n, example)
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		boots++
+		slowest = max(slowest, took)
+		if n == 0 {
+			good++
+		}
+	}
+	start := time.Now()
+	for range wholeReboots {
+		for _, node := range []string{"node1", "node2"} {
+			boot(t, node, func() {
+				if err := world.c.Reboot(t.Context(), node); err != nil {
+					t.Fatal(err)
+				}
+			})
+			whole(t, nil, nil)
+		}
+	}
+	t.Logf("%d whole reboots took %v", boots, time.Since(start).Round(time.Second))
+	slowest = 0 // what a machine takes to start is not ours
+	start = time.Now()
+	t.Run("quick", func(t *testing.T) {
+		for _, node := range []string{"node1", "node2"} {
+			t.Run(node, func(t *testing.T) {
+				t.Parallel()
+				for range quickReboots {
+					boot(t, node, func() { crash(t, ns, node) })
+				}
+			})
+		}
+	})
+	t.Logf("%d quick ones took %v, the slowest %v", 2*quickReboots, time.Since(start).Round(time.Second), slowest.Round(time.Millisecond))
+	whole(t, nil, nil)
+	score.Record(t, score.Row{Name: "reboot.uncaptured_syn", Attempted: score.N(boots), Blocked: score.N(good), RecoveredMS: score.N(int(slowest.Milliseconds()))})
+}
+
+// crash ends the agent, ztunnel and the pods of a namespace on a node with
+// their sandboxes, and removes all that Weft keeps in memory there.
+func crash(t *testing.T, ns, node string) {
+	t.Helper()
+	pods, err := client(t).CoreV1().Pods("").List(t.Context(), metav1.ListOptions{FieldSelector: "spec.nodeName=" + node})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var uids []string
+	for _, p := range pods.Items {
+		if p.Namespace == ns || p.Labels["app"] == "ztunnel" {
+			uids = append(uids, "pod"+string(p.UID))
+		}
+	}
+	const script = `pids=$(grep -lE "$0" /proc/[0-9]*/cgroup 2>/dev/null | cut -d/ -f3)
+kill -9 $pids 2>/dev/null
+find /sys/fs/bpf/weft -depth -mindepth 1 -delete
+rm -rf /run/weft/*
+echo $pids`
+	out, err := world.c.NodeCommand(t.Context(), node, "sh", "-c", script, strings.Join(uids, "|")).CombinedOutput()
+	if err != nil || len(strings.Fields(string(out))) < len(uids) {
+		t.Fatalf("crash %s: %v: %s", node, err, out)
+	}
+}
+
+// sandboxes returns the containers of the pods of a namespace on a node.
+func sandboxes(t *testing.T, ns, node string) map[string]bool {
+	t.Helper()
+	ids := map[string]bool{}
+	for _, p := range podsOn(t, ns, node) {
+		for _, c := range p.Status.ContainerStatuses {
+			ids[c.ContainerID] = true
+		}
+	}
+	return ids
+}
+
+func podsOn(t *testing.T, ns, node string) []corev1.Pod {
+	t.Helper()
+	var list *corev1.PodList
+	poll(t, 30*time.Second, func() (err error) {
+		list, err = client(t).CoreV1().Pods(ns).List(t.Context(), metav1.ListOptions{FieldSelector: "spec.nodeName=" + node})
+		return err
+	})
+	return list.Items
+}
+
+// earlyAgain waits until every early pod of a node runs in another container
+// than before, and has asked for a tunnel.
+func earlyAgain(t *testing.T, ns, node string, before map[string]bool, s *syns, since time.Time) {
+	t.Helper()
+	poll(t, 90*time.Second, func() error {
+		for _, p := range podsOn(t, ns, node) {
+			if len(p.Status.ContainerStatuses) != 1 || before[p.Status.ContainerStatuses[0].ContainerID] || p.Status.ContainerStatuses[0].State.Running == nil {
+				return fmt.Errorf("%s does not run again: %+v", p.Name, p.Status.ContainerStatuses)
+			}
+			ip, err := netip.ParseAddr(p.Status.PodIP)
+			if err != nil || s.lastTunnel(ip).Before(since) {
+				return fmt.Errorf("%s has not asked for a tunnel from %s yet", p.Name, p.Status.PodIP)
+			}
+		}
+		return nil
+	})
+}
