@@ -343,6 +343,9 @@ func (l *eventLoop) takeInbox() {
 }
 
 func (l *eventLoop) do(w *work) {
+	if l.aside(w) {
+		return
+	}
 	switch w.kind {
 	case workTunnel:
 		l.begin(w.tunnel, w.unread)
@@ -447,5 +450,7 @@ func (w *work) refuse() {
 			abortSocket(w.conn.fd)
 			w.conn.over(errStopped)
 		}
+	case workCall:
+		w.call() // who waits for it sees that the loop has ended
 	}
 }

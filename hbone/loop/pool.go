@@ -93,6 +93,7 @@ func keyOf(t hbone.Target) key {
 type entry struct {
 	pool    *Pool
 	key     key
+	target  hbone.Target
 	tunnels []*tunnel // the oldest first
 	dial    *dial     // under way
 }
@@ -187,7 +188,7 @@ func (p *Pool) send(ctx context.Context, c *Conn) error {
 		}
 		e := p.entries[op.key]
 		if e == nil {
-			e = &entry{pool: p, key: op.key}
+			e = &entry{pool: p, key: op.key, target: op.target}
 			p.entries[op.key] = e
 		}
 		if t := e.withRoom(); t != nil {
@@ -217,7 +218,7 @@ func (p *Pool) send(ctx context.Context, c *Conn) error {
 		if d.err != nil {
 			return d.err
 		}
-		if err := d.made.useless(); err != nil {
+		if err := d.made.useless(); err != nil && !d.made.move.Load() {
 			return err // dialing on would go on for ever
 		}
 	}

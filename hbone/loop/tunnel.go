@@ -32,6 +32,7 @@ type tunnel struct {
 	room atomic.Int32               // how many it takes; anybody reads it
 	gone atomic.Bool                // it takes no more; anybody reads it
 	why  atomic.Pointer[abortCause] // it has ended with an error; anybody reads it
+	move atomic.Bool                // it moves to another process; anybody reads it
 
 	fd   int32
 	slot int32
@@ -59,6 +60,7 @@ type tunnel struct {
 	owed    bool  // the peer has asked for a new key
 	greeted bool  // the peer has spoken
 	ended   bool  // all its connections are over
+	frozen  bool  // it moves to another process, or from one
 	sendErr error // the socket cannot be written
 
 	unused   time.Time     // since when there is no connection
@@ -66,6 +68,7 @@ type tunnel struct {
 	proof    time.Time     // until when the peer's certificate is good
 	closeBy  time.Time     // when the last words have had their time
 	closeErr error
+	late     []work // put aside while it is frozen
 }
 
 // A host is what a tunnel was made for.
