@@ -173,7 +173,7 @@ func (k *keeper) takeOver(ctx context.Context, c capturer, pod *corev1.Pod, m *m
 		return false
 	}
 	m.since, m.captive = time.Now(), captive
-	if err := captive.attach(ctx, capture.Mode{Existing: capture.Keep}); err != nil {
+	if err := errors.Join(captive.captureDNS(k.answersDNS()), captive.attach(ctx, capture.Mode{Existing: capture.Keep})); err != nil {
 		m.unsound = true
 		k.failed(ctx, pod, m.pod, "adopt", err)
 		k.queue.AddRateLimited(uid)

@@ -318,7 +318,10 @@ func (a *Agent) letGo(ctx, life context.Context) {
 // watchZtunnel wakes pods that may have waited for ztunnel.
 func (a *Agent) watchZtunnel(ctx context.Context) error {
 	for {
-		_, changed := a.handoff.Connected()
+		n, changed := a.handoff.Connected()
+		if n > 0 {
+			a.keeper.serveDNS(ctx, a.handoff.ServesDNS())
+		}
 		select {
 		case <-ctx.Done():
 			return nil

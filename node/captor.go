@@ -27,6 +27,9 @@ type captive interface {
 	files() (handoff.Files, error) // duplicates, which the caller closes
 	attach(ctx context.Context, m capture.Mode) error
 	detach(ctx context.Context) error
+	// captureDNS gives the DNS requests to ztunnel or, with on false, leaves
+	// them alone. Without prepare's dns it has no effect.
+	captureDNS(on bool) error
 	// drained waits, after detach, until no captured connection is left, and
 	// tidies up. The error is that of ctx if it ended first.
 	drained(ctx context.Context) error
@@ -66,4 +69,5 @@ func (p kernelCaptive) files() (handoff.Files, error) {
 func (p kernelCaptive) attach(ctx context.Context, m capture.Mode) error { return p.Attach(ctx, m) }
 func (p kernelCaptive) detach(ctx context.Context) error                 { return p.Detach(ctx) }
 func (p kernelCaptive) drained(ctx context.Context) error                { return p.Drained(ctx) }
+func (p kernelCaptive) captureDNS(on bool) error                         { return p.CaptureDNS(on) }
 func (p kernelCaptive) close() error                                     { return p.Close() }

@@ -110,7 +110,7 @@ func (k *keeper) hold(ctx context.Context, m *member, mode capture.Mode) (reason
 	if err != nil {
 		return "ztunnel", err
 	}
-	if err := captive.attach(ctx, mode); err != nil {
+	if err := errors.Join(captive.captureDNS(k.answersDNS()), captive.attach(ctx, mode)); err != nil {
 		return "attach", err
 	}
 	k.mu.Lock()

@@ -225,3 +225,27 @@ func TestWantsDNS(t *testing.T) {
 		}
 	}
 }
+
+// The DNS requests of pods are captured only while ztunnel answers them.
+func TestDNSFollowsZtunnel(t *testing.T) {
+	w := newWorld(t, namespace("shop", "ambient"))
+	w.keeper.dns = true
+	w.keeper.serveDNS(t.Context(), false) // of a release without a name server
+	w.create(runningPod(w, "a"))
+	w.enable()
+	w.start()
+	w.until("enrolment", func() bool { return w.keeper.count() == 1 })
+	is := func(want bool) {
+		t.Helper()
+		w.set(func() {
+			if got := w.dns["a"]; got != want {
+				t.Errorf("captured: %v, want %v", got, want)
+			}
+		})
+	}
+	is(false)
+	w.keeper.serveDNS(t.Context(), true)
+	is(true)
+	w.keeper.serveDNS(t.Context(), false)
+	is(false)
+}

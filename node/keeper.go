@@ -64,6 +64,7 @@ type keeper struct {
 	capture  capturer           // nil while nothing can be captured
 	blocked  error              // why not
 	leaving  bool               // Weft is being uninstalled: every pod leaves
+	noDNS    bool               // the ztunnel that serves new pods has no name server
 	pods     map[string]*member // what is captured, by UID
 	failures map[string]failure // what went wrong last, by UID, until it goes right
 	snapshot map[string]*member // what a ztunnel that connects is given
@@ -382,6 +383,40 @@ func (k *keeper) wakeFailed() {
 		k.queue.Forget(uid)
 		k.queue.Add(uid)
 	}
+}
+
+// serveDNS says whether the ztunnel that is connected answers DNS requests.
+// While none is connected, it stays as it was: requests wait for one.
+func (k *keeper) serveDNS(ctx context.Context, on bool) {
+	k.mu.Lock()
+	was := !k.noDNS
+	k.noDNS = !on
+	uids := slices.Collect(maps.Keys(k.pods))
+	k.mu.Unlock()
+	if !k.dns || was == on {
+		return
+	}
+	k.log.Info("whether ztunnel answers the DNS requests of pods has changed", "answers", on)
+	for _, uid := range uids {
+		done, err := k.turns.take(ctx, uid)
+		if err != nil {
+			return
+		}
+		if m := k.member(uid); m != nil && m.dns {
+			if err := m.captive.captureDNS(on); err != nil {
+				k.log.Error("the DNS requests of a pod do not go where they should", "pod", m.pod.Namespace+"/"+m.pod.Name, "error", err)
+			}
+		}
+		done()
+	}
+}
+
+// answersDNS reports whether a pod that is captured now may have its DNS
+// requests captured.
+func (k *keeper) answersDNS() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return !k.noDNS
 }
 
 func (k *keeper) member(uid string) *member {

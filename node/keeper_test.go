@@ -47,12 +47,13 @@ type world struct {
 	pins      []string
 	open      int                     // captives that were not closed
 	modes     map[string]capture.Mode // how pods were attached last, by UID
+	dns       map[string]bool         // whether their DNS requests are captured
 }
 
 func newWorld(t *testing.T, objects ...runtime.Object) *world {
 	w := &world{
 		t: t, client: fake.NewClientset(objects...), log: &bytes.Buffer{},
-		fail: map[string]error{}, block: map[string]chan struct{}{}, sandboxes: map[string]uint64{}, dead: map[uint64]bool{}, modes: map[string]capture.Mode{},
+		fail: map[string]error{}, block: map[string]chan struct{}{}, sandboxes: map[string]uint64{}, dead: map[uint64]bool{}, modes: map[string]capture.Mode{}, dns: map[string]bool{},
 	}
 	w.client.PrependReactor("patch", "pods", func(a clienttesting.Action) (bool, runtime.Object, error) {
 		p := a.(clienttesting.PatchAction)
@@ -220,6 +221,10 @@ func (p *fakeCaptive) attach(_ context.Context, m capture.Mode) error {
 	}
 	return p.w.note("attach " + p.uid)
 }
+func (p *fakeCaptive) captureDNS(on bool) error {
+	p.w.set(func() { p.w.dns[p.uid] = on })
+	return nil
+}
 func (p *fakeCaptive) detach(context.Context) error  { return p.w.note("detach " + p.uid) }
 func (p *fakeCaptive) drained(context.Context) error { return nil }
 func (p *fakeCaptive) close() error {
@@ -283,8 +288,16 @@ func TestLabelOnAndOff(t *testing.T) {
 	if e := w.keeper.entries(); len(e) != 1 || e[0].Pod.UID != "a" || e[0].Pod.ServiceAccount != "sa" || len(e[0].Pod.Addresses) != 2 {
 		t.Errorf("a ztunnel that connects is given %+v", e)
 	}
+	w.until("the annotation to be seen", func() bool {
+		return w.keeper.kube.pod("a").Annotations[capturedAnnotation] == capturedValue
+	})
+	done, err := w.keeper.turns.take(t.Context(), "a") // whoever has not seen it yet is through
+	if err != nil {
+		t.Fatal(err)
+	}
 	began := time.Now()
 	w.set(func() { w.diary = nil })
+	done()
 	w.label("shop", "")
 	w.wait("retract a", "detach a", "del a")
 	if d := time.Since(began); d < w.keeper.leaveGrace {

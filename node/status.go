@@ -26,7 +26,8 @@ type Status struct {
 
 	Capture  CaptureStatus    `json:"capture"`
 	CNI      cni.InstallState `json:"cni"`
-	Ztunnels int              `json:"ztunnels"` // connected
+	Ztunnels int              `json:"ztunnels"` // active ones that are connected
+	Standbys int              `json:"standbys"` // connected ones that stand by
 	Pods     []PodStatus      `json:"pods"`     // captured, by name
 	Failures []PodFailure     `json:"failures,omitempty"`
 	// Uncaptured are pods that were found running outside the mesh though they
@@ -79,6 +80,7 @@ func (a *Agent) Status() Status {
 	a.mu.Unlock()
 	s.CNI = a.installer.State()
 	s.Ztunnels, _ = a.handoff.Connected()
+	s.Standbys = a.handoff.Standbys()
 	s.Pods, s.Failures = a.keeper.status()
 	s.Uncaptured = a.keeper.uncapturedPods()
 	if stage != "" {
@@ -181,5 +183,6 @@ func (a *Agent) gauges(reg prometheus.Registerer) {
 		n, _ := a.handoff.Connected()
 		return float64(n)
 	})
+	gauge("weft_node_ztunnels_standing_by", "Connected ztunnels that take over when the active one is gone.", func() float64 { return float64(a.handoff.Standbys()) })
 	gauge("weft_node_ready", "1 if the agent is ready.", func() float64 { return yes(a.Status().Ready) })
 }
