@@ -3,6 +3,7 @@ package testnet
 import (
 	"fmt"
 	"net/netip"
+	"time"
 
 	"github.com/vishvananda/netlink"
 )
@@ -48,6 +49,8 @@ func (p *Pod) Nest(name string, how Nesting) *Host {
 		return nl.LinkAdd(&netlink.Macvlan{LinkAttrs: at, Mode: netlink.MACVLAN_MODE_BRIDGE})
 	})
 	h.links(func(nl *netlink.Handle) error { return up(nl, link) })
+	h.waitUp(link)
+	p.Node.waitUp(p.Veth)
 	h.V4, h.V6 = p.V4, p.V6
 	h.addr(link, prefix(h.V4, 32), prefix(h.V6, 128))
 	for via, to := range map[string]string{"169.254.1.1": "0.0.0.0/0", "fe80::1": "::/0"} {
@@ -55,6 +58,28 @@ func (p *Pod) Nest(name string, how Nesting) *Host {
 		h.route(netip.MustParsePrefix(to), netip.MustParseAddr(via), link)
 	}
 	return h
+}
+
+// waitUp waits until an interface carries packets.
+func (h *Host) waitUp(link string) {
+	h.t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	for up := false; !up; {
+		h.links(func(nl *netlink.Handle) error {
+			l, err := nl.LinkByName(link)
+			if err != nil {
+				return err
+			}
+			up = l.Attrs().OperState == netlink.OperUp
+			if !up && time.Now().After(deadline) {
+				return fmt.Errorf("%s does not come up", link)
+			}
+			return nil
+		})
+		if !up {
+			time.Sleep(5 * time.Millisecond)
+		}
+	}
 }
 
 // nestBehind puts h behind the pod, which forwards for it.

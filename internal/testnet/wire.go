@@ -58,13 +58,24 @@ func (tap *Tap) Send(frame []byte) {
 }
 
 // Until returns the frames that arrive until one contains last, that one
-// excluded. It fails the test if that takes seconds. Frames keep their order,
+// excluded. It fails the test if that takes very long. Frames keep their order,
 // so what was sent before last and is not returned has not passed.
 func (tap *Tap) Until(last []byte) [][]byte {
 	tap.h.t.Helper()
+	return tap.UntilSent(last, func() {})
+}
+
+// UntilSent is Until, and has last sent: at once, and again if it gets lost.
+func (tap *Tap) UntilSent(last []byte, send func()) [][]byte {
+	tap.h.t.Helper()
 	var got [][]byte
-	deadline := time.Now().Add(5 * time.Second)
+	send()
+	deadline, again := time.Now().Add(20*time.Second), time.Now().Add(time.Second)
 	for time.Now().Before(deadline) {
+		if time.Now().After(again) {
+			again = again.Add(time.Second)
+			send()
+		}
 		fds := []unix.PollFd{{Fd: int32(tap.fd), Events: unix.POLLIN}}
 		if n, err := unix.Poll(fds, 100); n == 0 || errors.Is(err, unix.EINTR) {
 			continue

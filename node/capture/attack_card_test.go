@@ -105,8 +105,7 @@ func (w *watch) frames(from *testnet.Host) [][]byte {
 	w.t.Helper()
 	w.last++
 	end := fmt.Sprintf("the end of part %d of what was seen", w.last)
-	datagram(w.t, from.NS, netip.AddrPortFrom(w.host.V6, 9), end)
-	return w.tap.Until([]byte(end))
+	return w.tap.UntilSent([]byte(end), func() { datagram(w.t, from.NS, netip.AddrPortFrom(w.host.V6, 9), end) })
 }
 
 func datagram(t *testing.T, ns *netns.NS, to netip.AddrPort, text string) {
