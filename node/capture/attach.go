@@ -2,7 +2,11 @@ package capture
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/weft-mesh/weft/bpf"
 )
@@ -50,7 +54,36 @@ func (p *Pod) Attach(ctx context.Context, m Mode) error {
 	if err := p.attachAs(ctx, m); err != nil {
 		return fmt.Errorf("capture pod %s: %w", p.uid, err)
 	}
+	p.background.Go(p.fasten)
 	return nil
+}
+
+// fasten replaces the filters, with which Attach is quick, by links, which
+// nothing in the pod can take off. Until then what the pod cannot reach is the
+// guard at the host's end, as on a kernel without links. Each step has the lock
+// for itself.
+func (p *Pod) fasten() {
+	for _, h := range p.hooks() {
+		err := p.fastenOne(h)
+		if errors.Is(err, unix.ENODEV) {
+			return // the pod is gone
+		}
+		if err != nil {
+			p.c.log.Error("a program is held only by a filter, which a process of the pod with NET_ADMIN can take off", "pod", p.uid, "error", err)
+		}
+	}
+}
+
+func (p *Pod) fastenOne(h hook) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ns == nil || p.closing.Load() || !exists(filepath.Join(p.dir, pinCaptured)) {
+		return nil // closed, or no longer captured
+	}
+	if l, err := p.pinned(h); err != nil || l != nil {
+		return err
+	}
+	return p.put(h, p.programs[h.program])
 }
 
 func (p *Pod) attachAs(ctx context.Context, m Mode) error {
@@ -102,7 +135,7 @@ func (p *Pod) attachClosed() error {
 // hookUp attaches all programs. What they do is said by the pod's mode.
 func (p *Pod) hookUp() error {
 	for _, h := range p.hooks() {
-		if err := p.put(h, p.programs[h.program]); err != nil {
+		if err := p.putSoon(h, p.programs[h.program]); err != nil {
 			return err
 		}
 	}
@@ -120,8 +153,8 @@ func (p *Pod) hookUp() error {
 //	mode strict                       nothing else passes
 //	pass 3                            keep what came to be since pass 2
 //
-// To attach a program takes a grace period of RCU, to change the mode does not:
-// so nothing of the pod is touched until all are there.
+// Nothing of the pod is touched until all programs are there. Without iterators
+// nothing can be kept: then what is connected is reset, whatever was asked for.
 func (p *Pod) attachRunning(ctx context.Context, existing Existing) error {
 	if err := p.hookUp(); err != nil {
 		return err
@@ -131,6 +164,10 @@ func (p *Pod) attachRunning(ctx context.Context, existing Existing) error {
 	}
 	if err := p.place.addLocal(p.ns); err != nil {
 		return err
+	}
+	if existing == Keep && !p.c.features.Keep {
+		p.c.log.Warn("the pod's connections are reset: this kernel cannot keep them", "pod", p.uid, "error", p.c.noWalkers)
+		existing = Reset
 	}
 	if existing == Keep {
 		if _, err := p.walk(bpf.SocketsProgKeep); err != nil {
@@ -151,17 +188,27 @@ func (p *Pod) attachRunning(ctx context.Context, existing Existing) error {
 	if err := p.setMode(bpf.CaptureModeMODE_STRICT); err != nil {
 		return err
 	}
-	last := bpf.SocketsProgKeep
-	if existing == Reset {
-		last = bpf.SocketsProgDestroy
-	}
-	if _, err := p.walk(last); err != nil {
+	if err := p.lastPass(existing); err != nil {
 		return err
 	}
 	if err := p.setDNS(); err != nil {
 		return err
 	}
 	return p.markCaptured()
+}
+
+// lastPass does what existing says with connections that came to be while
+// capture was put on, or, to reset, with all.
+func (p *Pod) lastPass(existing Existing) (err error) {
+	switch {
+	case existing == Keep:
+		_, err = p.walk(bpf.SocketsProgKeep)
+	case p.c.features.destroys:
+		_, err = p.walk(bpf.SocketsProgDestroy)
+	default:
+		_, err = p.reset(false)
+	}
+	return err
 }
 
 // CaptureDNS lets name queries go to the proxy, or, with on false, to the

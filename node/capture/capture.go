@@ -36,6 +36,9 @@ type Config struct {
 	// HostNS is the namespace in which the host's ends of the pods' veths
 	// are. The caller closes it, after Close.
 	HostNS *netns.NS
+	// Disable turns features of the kernel off, as if it had not got them: see
+	// FeatureTCX and the others.
+	Disable []string
 	// Log gets what is worth knowing and is no error; nil discards it.
 	Log *slog.Logger
 }
@@ -45,10 +48,14 @@ type Capture struct {
 	cfg    Config
 	log    *slog.Logger
 	hostID netns.ID
-	lookup *ebpf.CollectionSpec // read-only; copied for each pod
-	maps   map[string]*ebpf.Map // by name in the programs
+	// features are what the kernel has and Config allows; noFilters says that
+	// it has no cls_bpf.
+	features  Features
+	noFilters bool
+	lookup    *ebpf.CollectionSpec // read-only; copied for each pod
+	maps      map[string]*ebpf.Map // by name in the programs
 	// walkers are the socket iterators. They are nil where the kernel cannot
-	// load them, and noWalkers is why.
+	// load them, or Config forbids it, and noWalkers is why.
 	walkers   *ebpf.Collection
 	noWalkers error
 }
@@ -70,6 +77,9 @@ func (c *Capture) start() (err error) {
 	if c.cfg.BPFRoot == "" || c.cfg.ProcRoot == "" || c.cfg.HostNS == nil {
 		return errors.New("BPFRoot, ProcRoot and HostNS must be set")
 	}
+	if err := checkDisable(c.cfg.Disable); err != nil {
+		return err
+	}
 	if c.hostID, err = c.cfg.HostNS.ID(); err != nil {
 		return fmt.Errorf("host namespace: %w", err)
 	}
@@ -85,8 +95,21 @@ func (c *Capture) start() (err error) {
 		return fmt.Errorf("read programs: %w", err)
 	}
 	c.pruneMaps(c.lookup, bpf.LookupMapListeners, bpf.LookupMapStats)
-	return c.loadWalkers()
+	if err := c.loadWalkers(); err != nil {
+		return err
+	}
+	return c.choose()
 }
+
+// choose finds out how programs are attached and what becomes of connections.
+func (c *Capture) choose() (err error) {
+	c.noFilters = haveFilters() != nil
+	c.features, err = rung(c.cfg.Disable, haveTCX, func() error { return c.noWalkers }, func() error { return haveFunc("bpf_sock_destroy") })
+	return err
+}
+
+// Features returns what the kernel has and the configuration allows.
+func (c *Capture) Features() Features { return c.features }
 
 // loadPrograms opens the maps, loads the packet programs, and makes them those
 // of all pods, also of pods that an agent before has captured.
@@ -139,9 +162,12 @@ func (c *Capture) with(names ...string) ebpf.CollectionOptions {
 	return ebpf.CollectionOptions{MapReplacements: have}
 }
 
-// loadWalkers loads the socket iterators. New pods are captured without them,
-// so that a kernel cannot load them is an error only for pods that run.
+// loadWalkers loads the socket iterators. Pods are captured without them too.
 func (c *Capture) loadWalkers() error {
+	if slices.Contains(c.cfg.Disable, FeatureIterator) {
+		c.noWalkers = errDisabled
+		return nil
+	}
 	spec, err := bpf.LoadSockets()
 	if err != nil {
 		return fmt.Errorf("read programs: %w", err)

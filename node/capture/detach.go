@@ -44,13 +44,15 @@ func (p *Pod) detach(ctx context.Context) error {
 	if err := p.setMode(bpf.CaptureModeMODE_LEAVE); err != nil {
 		return err
 	}
-	if _, err := p.walk(bpf.SocketsProgDrain); err != nil {
-		return err
+	if p.c.walkers != nil {
+		if _, err := p.walk(bpf.SocketsProgDrain); err != nil {
+			return err
+		}
 	}
 	if err := p.place.removeRules(p.ns); err != nil {
 		return err
 	}
-	if _, err := p.walk(bpf.SocketsProgDrain); err != nil {
+	if err := p.lastDrain(); err != nil {
 		return err
 	}
 	for _, h := range p.hooks() {
@@ -62,6 +64,20 @@ func (p *Pod) detach(ctx context.Context) error {
 		return err
 	}
 	return p.listeners.Close()
+}
+
+// lastDrain marks what was captured until now to stay with the proxy. Without
+// iterators this cannot be done, and it is reset.
+func (p *Pod) lastDrain() error {
+	if p.c.walkers != nil {
+		_, err := p.walk(bpf.SocketsProgDrain)
+		return err
+	}
+	n, err := p.reset(true)
+	if n > 0 {
+		p.c.log.Warn("the pod's captured connections are reset: this kernel cannot let them go on", "pod", p.uid, "connections", n, "error", p.c.noWalkers)
+	}
+	return err
 }
 
 // drainPause is how often Drained looks, at most.
@@ -102,7 +118,11 @@ func (p *Pod) draining() (int, error) {
 	if exists(p.dir) {
 		return 0, errors.New("it is captured again, or not detached")
 	}
-	r, err := p.walk(bpf.SocketsProgDrain)
+	var r tally
+	var err error
+	if p.c.walkers != nil {
+		r, err = p.walk(bpf.SocketsProgDrain)
+	}
 	if err != nil || r.done > 0 {
 		return r.done, err
 	}
@@ -111,5 +131,7 @@ func (p *Pod) draining() (int, error) {
 
 // Forget removes the pins of a pod that is gone and closes it.
 func (p *Pod) Forget() error {
+	p.closing.Store(true)
+	p.background.Wait() // it must not pin what is about to be removed
 	return errors.Join(p.c.Forget(p.uid), p.Close())
 }

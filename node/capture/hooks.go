@@ -15,7 +15,7 @@ import (
 	"github.com/weft-mesh/weft/internal/netns"
 )
 
-// A hook is a place where a program of the pod is attached by a pinned link.
+// A hook is a place where a program of the pod is attached.
 type hook struct {
 	pin     string
 	program string          // in Pod.programs
@@ -48,9 +48,52 @@ func (p *Pod) hook(pin string) hook {
 	panic("capture: no hook " + pin)
 }
 
-// put makes prog the program of the hook. If a pinned link holds there, its
-// program is exchanged in one step, so that there is no moment without one.
+// put makes prog the program of the hook, for good: by a link where the kernel
+// has them, else by a filter. If there is one, its program is exchanged in one
+// step, so that there is no moment without one.
 func (p *Pod) put(h hook, prog *ebpf.Program) error {
+	if h.index == 0 {
+		return p.putLink(h, prog)
+	}
+	if p.c.features.Rung == RungTCX {
+		if err := p.putLink(h, prog); err != nil {
+			return err
+		}
+		return p.dropFilter(h)
+	}
+	if err := p.putFilter(h, prog); err != nil {
+		return err
+	}
+	return p.dropLink(h.pin)
+}
+
+// putSoon is put without the wait for a link.
+func (p *Pod) putSoon(h hook, prog *ebpf.Program) error {
+	if h.index == 0 || p.c.features.Rung != RungTCX || p.c.noFilters {
+		return p.put(h, prog)
+	}
+	if l, err := p.pinned(h); err != nil || l != nil {
+		if err != nil {
+			return err
+		}
+		return p.put(h, prog)
+	}
+	return p.putFilter(h, prog)
+}
+
+// on reports whether the hook's program is there, by a link or a filter.
+func (p *Pod) on(h hook) (bool, error) {
+	l, err := p.pinned(h)
+	if err != nil || l != nil {
+		return l != nil, err
+	}
+	if h.index == 0 {
+		return false, nil
+	}
+	return p.filterHolds(h)
+}
+
+func (p *Pod) putLink(h hook, prog *ebpf.Program) error {
 	path := filepath.Join(p.dir, h.pin)
 	l, err := p.pinned(h)
 	if err != nil {
@@ -97,7 +140,7 @@ func (p *Pod) pinned(h hook) (link.Link, error) {
 	if holds {
 		return l, nil
 	}
-	return nil, p.drop(h.pin)
+	return nil, p.dropLink(h.pin)
 }
 
 // holds reports whether l is attached where h is.
@@ -139,8 +182,19 @@ func attachTCX(ns *netns.NS, index int, prog *ebpf.Program, kind ebpf.AttachType
 	return l, err
 }
 
-// drop takes a hook's program off, by letting go of its link.
+// drop takes a hook's program off.
 func (p *Pod) drop(pin string) error {
+	if err := p.dropLink(pin); err != nil {
+		return err
+	}
+	if h := p.hook(pin); h.index != 0 {
+		return p.dropFilter(h)
+	}
+	return nil
+}
+
+// dropLink takes off what a link holds, by letting go of it.
+func (p *Pod) dropLink(pin string) error {
 	err := os.Remove(filepath.Join(p.dir, pin))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove pin %s: %w", pin, err)
@@ -171,7 +225,7 @@ func (p *Pod) unmarkCaptured() error {
 }
 
 // captured reports whether an earlier Attach, perhaps of another agent, has
-// run to its end and every link of it still holds.
+// run to its end and every program of it is still there.
 func (p *Pod) captured() (bool, error) {
 	if e, err := p.entry(); err != nil || e.Mode != bpf.CaptureModeMODE_STRICT {
 		return false, err
@@ -183,8 +237,7 @@ func (p *Pod) captured() (bool, error) {
 		return false, fmt.Errorf("ask whether the pod is captured: %w", err)
 	}
 	for _, h := range p.hooks() {
-		l, err := p.pinned(h)
-		if err != nil || l == nil {
+		if on, err := p.on(h); err != nil || !on {
 			return false, err
 		}
 	}

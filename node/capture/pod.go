@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -27,6 +28,9 @@ type Pod struct {
 	roles []role
 
 	id uint32 // in the maps
+
+	background sync.WaitGroup // fasten
+	closing    atomic.Bool
 
 	mu        sync.Mutex
 	noDNS     bool // CaptureDNS has turned it off
@@ -201,6 +205,8 @@ func exists(path string) bool {
 // Close closes descriptors. A captured pod stays captured; one that is not
 // loses its listeners unless a proxy has them.
 func (p *Pod) Close() error {
+	p.closing.Store(true)
+	p.background.Wait()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.close()

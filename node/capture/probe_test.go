@@ -38,14 +38,14 @@ func TestProbeSaysWhatToDo(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			_, err := probe([]need{{"tcx links", newerKernel, fail(tt.have)}, {"socket maps", newerKernel, fail(nil)}})
+			err := probe([]need{{"tcx links", newerKernel, fail(tt.have)}, {"socket maps", newerKernel, fail(nil)}})
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("got %v, want it to say %q", err, tt.want)
 			}
 		})
 	}
 	t.Run("everything that is missing is named", func(t *testing.T) {
-		_, err := probe([]need{{"tcx links", newerKernel, fail(ebpf.ErrNotSupported)}, {"socket maps", newerKernel, fail(ebpf.ErrNotSupported)}})
+		err := probe([]need{{"tcx links", newerKernel, fail(ebpf.ErrNotSupported)}, {"socket maps", newerKernel, fail(ebpf.ErrNotSupported)}})
 		for _, want := range []string{"tcx links", "socket maps"} {
 			if err == nil || !strings.Contains(err.Error(), want) {
 				t.Errorf("got %v, want it to name %s", err, want)

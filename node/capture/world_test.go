@@ -97,10 +97,17 @@ func (s *stage) prepare() (*Pod, *proxy) {
 func (s *stage) captured(m Mode) (*Pod, *proxy) {
 	s.t.Helper()
 	p, x := s.prepare()
+	s.attach(p, m)
+	return p, x
+}
+
+// attach captures and waits until what goes on in the background is done too.
+func (s *stage) attach(p *Pod, m Mode) {
+	s.t.Helper()
 	if err := p.Attach(context.Background(), m); err != nil {
 		s.t.Fatal(err)
 	}
-	return p, x
+	p.background.Wait()
 }
 
 func must[T any](v T, err error) T {
