@@ -1,0 +1,145 @@
+package handover
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"syscall"
+	"time"
+
+	"github.com/weft-mesh/weft/internal/pack"
+)
+
+// A Taker takes parts in a successor.
+type Taker interface {
+	// Take prepares a part of a version. files are its own, unless it fails. It
+	// neither reads nor writes them before go is called. Exactly one of the two
+	// functions is called: go lets the part go on here; keep lets go of it,
+	// without a word to anybody.
+	Take(version uint32, text []byte, files []int) (goOn, keep func(), err error)
+}
+
+// ClientConfig is what a Client needs.
+type ClientConfig struct {
+	Path     string // of the predecessor's socket
+	Greeting Greeting
+	Taker    Taker
+	// Ready is closed when this process serves what its predecessor does.
+	Ready <-chan struct{}
+	Log   *slog.Logger
+}
+
+// ErrNobody says that there is no predecessor.
+var ErrNobody = errors.New("there is no ztunnel to take connections from")
+
+// Take waits for a predecessor's connections and takes them, until it has given
+// all, or is gone, or ctx ends. It returns how many parts it has taken. The
+// error is ErrNobody if nobody is there.
+func Take(ctx context.Context, cfg ClientConfig) (parts int, err error) {
+	nc, err := new(net.Dialer).DialContext(ctx, "unixpacket", cfg.Path)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+		return 0, ErrNobody
+	}
+	if err != nil {
+		return 0, fmt.Errorf("connect to the predecessor: %w", err)
+	}
+	c := nc.(*net.UnixConn)
+	defer c.Close()
+	stop := context.AfterFunc(ctx, func() { _ = c.Close() }) // it reads the end
+	defer stop()
+	if err := checkPeer(c); err != nil {
+		return 0, fmt.Errorf("connect to the predecessor: %w", err)
+	}
+	p := newPipe(c)
+	version, err := greet(p, cfg.Greeting)
+	if err != nil {
+		return 0, err
+	}
+	select {
+	case <-cfg.Ready:
+	case <-ctx.Done():
+		return 0, nil
+	}
+	if err := p.send(message{kind: ready}); err != nil {
+		return 0, err
+	}
+	for {
+		m, err := p.receive(time.Time{})
+		if err != nil {
+			if ctx.Err() != nil {
+				err = nil
+			}
+			return parts, err
+		}
+		switch m.kind {
+		case done:
+			return parts, nil
+		case part:
+			went, err := takePart(p, cfg, version, m)
+			if err != nil {
+				return parts, err
+			}
+			if went {
+				parts++
+			}
+		default:
+			return parts, fmt.Errorf("the predecessor sends a message of kind %d", m.kind)
+		}
+	}
+}
+
+// greet agrees on versions.
+func greet(p *pipe, g Greeting) (version uint32, err error) {
+	if err := p.send(message{kind: hello, text: pack.Write((&hi{Version, g}).pack)}); err != nil {
+		return 0, err
+	}
+	m, err := p.receive(time.Now().Add(stepTimeout))
+	if err != nil {
+		return 0, err
+	}
+	switch m.kind {
+	case welcome:
+		var w welcomeText
+		if err := pack.Read(m.text, w.pack); err != nil {
+			return 0, err
+		}
+		return w.part, nil
+	case refuse:
+		return 0, fmt.Errorf("the predecessor keeps its connections, and lets them end: %.200q", m.text)
+	}
+	m.close()
+	return 0, fmt.Errorf("the predecessor answers with a message of kind %d", m.kind)
+}
+
+// takePart takes one part, if it can. An error ends the connection.
+func takePart(p *pipe, cfg ClientConfig, version uint32, m message) (went bool, err error) {
+	goNow, letGo, err := cfg.Taker.Take(version, m.text, m.files)
+	m.clear()
+	if err != nil {
+		m.close()
+		cfg.Log.Warn("a connection cannot be taken over: it stays with the ztunnel that has it", "error", err)
+		return false, p.send(message{kind: declined, text: []byte(shorten(err.Error()))})
+	}
+	if err := p.send(message{kind: taken}); err != nil {
+		letGo()
+		return false, err
+	}
+	answer, err := p.receive(time.Now().Add(2 * stepTimeout))
+	if err != nil {
+		letGo() // without go it is the predecessor's
+		return false, err
+	}
+	if answer.kind == goOn {
+		goNow()
+		return true, nil
+	}
+	answer.close()
+	letGo()
+	return false, fmt.Errorf("the predecessor sends a message of kind %d, want go", answer.kind)
+}
+
+// shorten keeps a reason within a packet.
+func shorten(s string) string { return s[:min(len(s), 1000)] }
