@@ -24,6 +24,7 @@ type status struct {
 	Control   controlStatus `json:"control"`
 	Nodes     []nodeStatus  `json:"nodes"`
 	Problems  []string      `json:"problems,omitempty"` // what is wrong, and what to do
+	Notes     []string      `json:"notes,omitempty"`    // what is worth knowing and no fault now
 }
 
 type controlStatus struct {
@@ -41,6 +42,16 @@ type nodeStatus struct {
 	Agent   agentStatus `json:"agent"`
 	// Captured counts the node's pods that are in the mesh.
 	Captured int `json:"captured"`
+	// StandsBy reports whether a ztunnel is there that takes over from the
+	// active one, Meant whether there should be.
+	StandsBy bool `json:"standsBy"`
+	Meant    bool `json:"standbyMeant,omitempty"`
+	// Dropped is set on a node that the DaemonSet is not meant for (any more)
+	// and that has captured pods: Stranded.
+	Dropped bool `json:"dropped,omitempty"`
+	// Stranded are pods that say that they are captured on a node without a
+	// ztunnel pod: their traffic is blocked.
+	Stranded []string `json:"stranded,omitempty"`
 }
 
 // An agentStatus is what /status of weft-node says.
@@ -48,6 +59,8 @@ type agentStatus struct {
 	Version  string   `json:"version,omitempty"`
 	Ready    bool     `json:"ready"`
 	Standby  bool     `json:"standby,omitempty"`
+	Released bool     `json:"released,omitempty"`
+	Standbys int      `json:"standbys,omitempty"`
 	Problems []string `json:"problems,omitempty"`
 	Capture  struct {
 		Design string `json:"design,omitempty"`
@@ -59,6 +72,8 @@ type agentStatus struct {
 	} `json:"cni"`
 	Pods     []agentPod     `json:"pods"`
 	Failures []agentFailure `json:"failures,omitempty"`
+
+	Uncaptured []agentUncaptured `json:"uncaptured,omitempty"`
 }
 
 type agentPod struct {
@@ -69,6 +84,12 @@ type agentPod struct {
 type agentFailure struct {
 	Pod   string `json:"pod"`
 	Error string `json:"error"`
+}
+
+// An agentUncaptured is a pod that ran outside the mesh though it belongs to it.
+type agentUncaptured struct {
+	Pod  string `json:"pod"`
+	Done string `json:"done"`
 }
 
 // errUnwell makes the exit code 1 after a status that shows problems.
@@ -128,15 +149,38 @@ func (k *kube) status(ctx context.Context, namespace string) (status, error) {
 	if err != nil {
 		return s, err
 	}
-	for _, n := range nodes.Items {
-		if !wanted.Matches(labels.Set(n.Labels)) {
+	for _, item := range nodes.Items {
+		n := k.node(ctx, item.Name, pods.Items)
+		n.Dropped = !wanted.Matches(labels.Set(item.Labels)) && n.Pod == ""
+		if n.Pod == "" {
+			if n.Stranded, err = k.stranded(ctx, item.Name); err != nil {
+				return s, err
+			}
+		}
+		if n.Dropped && len(n.Stranded) == 0 {
 			continue // Windows, say, or excluded by the user
 		}
-		s.Nodes = append(s.Nodes, k.node(ctx, n.Name, pods.Items))
+		s.Nodes = append(s.Nodes, n)
 	}
 	slices.SortFunc(s.Nodes, func(a, b nodeStatus) int { return strings.Compare(a.Node, b.Node) })
-	s.Problems = s.problems()
+	s.Problems, s.Notes = s.problems(), s.notes()
 	return s, nil
+}
+
+// stranded returns the pods of a node that say that they are captured.
+func (k *kube) stranded(ctx context.Context, node string) ([]string, error) {
+	list, err := k.typed.CoreV1().Pods("").List(ctx, metav1.ListOptions{FieldSelector: "spec.nodeName=" + node})
+	if err != nil {
+		return nil, fmt.Errorf("list the pods of node %s: %w", node, err)
+	}
+	var out []string
+	for _, p := range list.Items {
+		if p.Annotations["ambient.istio.io/redirection"] == "enabled" && p.Status.Phase == corev1.PodRunning {
+			out = append(out, p.Namespace+"/"+p.Name)
+		}
+	}
+	slices.Sort(out)
+	return out, nil
 }
 
 // wantedOn selects the nodes that the DaemonSet is meant for. Without one it
@@ -165,7 +209,8 @@ func (k *kube) node(ctx context.Context, name string, pods []corev1.Pod) nodeSta
 		if err != nil {
 			a.Problems = append(a.Problems, err.Error())
 		}
-		n = nodeStatus{Node: name, Pod: p.Name, Ztunnel: containerReady(p, "istio-proxy"), Agent: a, Captured: len(a.Pods)}
+		n = nodeStatus{Node: name, Pod: p.Name, Ztunnel: containerReady(p, "istio-proxy"), Agent: a, Captured: len(a.Pods),
+			StandsBy: a.Standbys > 0, Meant: hasContainer(p, "istio-proxy-standby")}
 		if err == nil && !a.Standby {
 			break
 		}
@@ -186,6 +231,10 @@ func (k *kube) agent(ctx context.Context, p corev1.Pod) (agentStatus, error) {
 		return a, fmt.Errorf("the agent's answer is not understood: %w: are the command and the agent of one version?", err)
 	}
 	return a, nil
+}
+
+func hasContainer(p corev1.Pod, name string) bool {
+	return slices.ContainsFunc(p.Spec.Containers, func(c corev1.Container) bool { return c.Name == name })
 }
 
 func containerReady(p corev1.Pod, name string) bool {
@@ -211,8 +260,17 @@ func (s status) problems() []string {
 		say("weft-control: %d of %d ready: see kubectl describe pods -n %s -l app=weft-control", s.Control.Ready, s.Control.Wanted, s.Namespace)
 	}
 	for _, n := range s.Nodes {
+		if n.Dropped {
+			say("node %s: Weft is not meant to run there and left %d captured pods behind, whose traffic is blocked (%s), and no new pod can start: "+
+				"label the node so that DaemonSet ztunnel runs there again, let the node go with weft release %s, and only then take the label away",
+				n.Node, len(n.Stranded), some(n.Stranded), n.Node)
+			continue
+		}
 		if n.Pod == "" {
-			say("node %s: no ztunnel pod: its pods are not captured; see kubectl describe daemonset -n %s ztunnel", n.Node, s.Namespace)
+			say("node %s: no ztunnel pod: pods that join are not captured, and new ones do not start; see kubectl describe daemonset -n %s ztunnel", n.Node, s.Namespace)
+			if len(n.Stranded) > 0 {
+				say("node %s: the traffic of %d captured pods is blocked until there is a ztunnel pod: %s", n.Node, len(n.Stranded), some(n.Stranded))
+			}
 			continue
 		}
 		for _, p := range n.Agent.Problems {
@@ -224,11 +282,48 @@ func (s status) problems() []string {
 		if !n.Ztunnel {
 			say("node %s: ztunnel is not ready: see kubectl logs -n %s %s -c istio-proxy", n.Node, s.Namespace, n.Pod)
 		}
+		if n.Ztunnel && n.Agent.Ready && n.Meant && !n.StandsBy && !n.Agent.Released && !n.Agent.Standby {
+			say("node %s: no ztunnel stands by, so that connections wait for the kubelet when the active one dies: see kubectl logs -n %s %s -c istio-proxy-standby, and -c istio-proxy", n.Node, s.Namespace, n.Pod)
+		}
+		for _, u := range n.Agent.Uncaptured {
+			switch u.Done {
+			case "reported", "found":
+				say("node %s: pod %s belongs to the mesh and runs outside it, its traffic is in clear: restart it", n.Node, u.Pod)
+			}
+		}
 		for _, f := range n.Agent.Failures {
 			say("node %s: pod %s: %s", n.Node, f.Pod, f.Error)
 		}
 	}
 	return ps
+}
+
+// notes says what is no fault now and worth knowing. It is pure.
+func (s status) notes() []string {
+	var ns []string
+	for _, n := range s.Nodes {
+		if n.Agent.Released {
+			ns = append(ns, fmt.Sprintf("node %s was let go: no pod of it is in the mesh until its ztunnel pod is deleted or the node leaves the DaemonSet", n.Node))
+		}
+		for _, u := range n.Agent.Uncaptured {
+			switch u.Done {
+			case "captured":
+				ns = append(ns, fmt.Sprintf("node %s: pod %s ran outside the mesh until it was found and captured: connections from before may be in clear, restart it to be sure that none is", n.Node, u.Pod))
+			case "restarted":
+				ns = append(ns, fmt.Sprintf("node %s: pod %s ran outside the mesh and is being replaced", n.Node, u.Pod))
+			}
+		}
+	}
+	return ns
+}
+
+// some names the first few of a list.
+func some(list []string) string {
+	const most = 5
+	if n := len(list) - most; n > 0 {
+		return strings.Join(list[:most], ", ") + fmt.Sprintf(" and %d more", n)
+	}
+	return strings.Join(list, ", ")
 }
 
 // people writes the status as tables.
@@ -238,17 +333,17 @@ func (s status) people(w io.Writer) error {
 		control = fmt.Sprintf("%d of %d ready, version %s", s.Control.Ready, s.Control.Wanted, s.Control.Version)
 	}
 	fmt.Fprintf(w, "weft-control  %s\n\n", control)
-	rows := [][]string{{"NODE", "AGENT", "ZTUNNEL", "CNI PLUGIN", "CAPTURED PODS", "CAPTURE"}}
+	rows := [][]string{{"NODE", "AGENT", "ZTUNNEL", "STANDBY", "CNI PLUGIN", "CAPTURED PODS", "CAPTURE"}}
 	for _, n := range s.Nodes {
 		if n.Pod == "" {
-			rows = append(rows, []string{n.Node, "missing", "", "", "", ""})
+			rows = append(rows, []string{n.Node, "missing", "", "", "", "", ""})
 			continue
 		}
 		design := n.Agent.Capture.Design
 		if n.Agent.Capture.Why != "" {
 			design += ": " + n.Agent.Capture.Why
 		}
-		rows = append(rows, []string{n.Node, word(n.Agent.Ready, "ready", "not ready"), word(n.Ztunnel, "ready", "not ready"),
+		rows = append(rows, []string{n.Node, agentWord(n.Agent), word(n.Ztunnel, "ready", "not ready"), word(n.StandsBy, "ready", word(n.Meant, "missing", "none")),
 			word(n.Agent.CNI.Installed, "installed", "not installed"), fmt.Sprint(n.Captured), design})
 	}
 	if err := table(w, rows); err != nil {
@@ -260,7 +355,20 @@ func (s status) people(w io.Writer) error {
 			fmt.Fprintln(w, "-", p)
 		}
 	}
+	if len(s.Notes) > 0 {
+		fmt.Fprintln(w, "\nNotes:")
+		for _, n := range s.Notes {
+			fmt.Fprintln(w, "-", n)
+		}
+	}
 	return nil
+}
+
+func agentWord(a agentStatus) string {
+	if a.Released {
+		return "released"
+	}
+	return word(a.Ready, "ready", "not ready")
 }
 
 func word(b bool, yes, no string) string {

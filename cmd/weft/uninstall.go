@@ -43,14 +43,19 @@ their definitions stay unless --crds is given.`,
 	return c
 }
 
-// confirm asks whether to go on. Anything but "yes" is no, and so is the end of
-// ctx; the reader of in is left behind then, because a read cannot be ended.
+// confirm asks whether to go on.
 func confirm(ctx context.Context, in io.Reader, out io.Writer, namespace string, crds bool) bool {
 	what := "Weft"
 	if crds {
 		what = "Weft, and every AuthorizationPolicy and PeerAuthentication of the cluster"
 	}
-	fmt.Fprintf(out, "This removes %s from namespace %s. Traffic of meshed pods will be in clear. Type yes to go on: ", what, namespace)
+	return ask(ctx, in, out, fmt.Sprintf("This removes %s from namespace %s. Traffic of meshed pods will be in clear. Type yes to go on: ", what, namespace))
+}
+
+// ask asks a question. Anything but "yes" is no, and so is the end of ctx; the
+// reader of in is left behind then, because a read cannot be ended.
+func ask(ctx context.Context, in io.Reader, out io.Writer, question string) bool {
+	fmt.Fprint(out, question)
 	answer := make(chan string, 1)
 	go func() {
 		line, _ := bufio.NewReader(in).ReadString('\n')

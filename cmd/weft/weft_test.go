@@ -23,6 +23,7 @@ func TestCommandLine(t *testing.T) {
 		{"version of the command alone", []string{"version", "--client", "-o", "json"}, 0, `"client": "dev"`},
 		{"unknown output", []string{"version", "--client", "-o", "xml"}, 1, "want json or yaml"},
 		{"unknown command", []string{"instal"}, 1, "unknown command"},
+		{"a release without a node", []string{"release"}, 1, "accepts 1 arg"},
 		{"no kubeconfig", []string{"status"}, 1, "--kubeconfig"},
 		{"no registry", []string{"install", "--dry-run"}, 1, "image.registry is not set"},
 		{"a value that is not one of the allowed", []string{"install", "--dry-run", "--image-registry", "r", "--set", "ztunnel.sameNode=teleport"}, 1, "'tunnel', 'direct'"},
@@ -155,6 +156,22 @@ func TestNarrowRBAC(t *testing.T) {
 	}
 }
 
+func TestNotes(t *testing.T) {
+	s := status{Nodes: []nodeStatus{{Node: "a", Agent: agentStatus{Released: true, Uncaptured: []agentUncaptured{{"shop/x", "captured"}, {"shop/y", "restarted"}, {"shop/z", "reported"}}}}}}
+	got := strings.Join(s.notes(), "\n")
+	for _, want := range []string{"node a was let go", "shop/x ran outside", "shop/y ran outside"} {
+		if !strings.Contains(got, want) {
+			t.Errorf("no %q in %q", want, got)
+		}
+	}
+	if strings.Contains(got, "shop/z") {
+		t.Errorf("a problem among the notes: %q", got)
+	}
+	if got := some([]string{"1", "2", "3", "4", "5", "6", "7"}); got != "1, 2, 3, 4, 5 and 2 more" {
+		t.Errorf("some: %q", got)
+	}
+}
+
 func TestProblems(t *testing.T) {
 	well := status{Namespace: "weft-system", Control: controlStatus{Installed: true, Ready: 1, Wanted: 1},
 		Nodes: []nodeStatus{{Node: "a", Pod: "p", Ztunnel: true, Agent: agentStatus{Ready: true}}}}
@@ -178,6 +195,20 @@ func TestProblems(t *testing.T) {
 		{"a pod that could not be captured", func(s *status) {
 			s.Nodes[0].Agent.Failures = []agentFailure{{Pod: "shop/cart", Error: "gone"}}
 		}, "shop/cart: gone"},
+		{"a pod that runs outside the mesh", func(s *status) {
+			s.Nodes[0].Agent.Uncaptured = []agentUncaptured{{Pod: "shop/cart", Done: "reported"}}
+		}, "shop/cart belongs to the mesh and runs outside it"},
+		{"a pod that was captured late is no problem", func(s *status) {
+			s.Nodes[0].Agent.Uncaptured = []agentUncaptured{{Pod: "shop/cart", Done: "captured"}}
+		}, ""},
+		{"nobody stands by", func(s *status) { s.Nodes[0].Meant, s.Nodes[0].StandsBy = true, false }, "no ztunnel stands by"},
+		{"nobody is meant to stand by", func(s *status) { s.Nodes[0].Meant, s.Nodes[0].StandsBy = false, false }, ""},
+		{"a node that was dropped", func(s *status) {
+			s.Nodes[0] = nodeStatus{Node: "a", Dropped: true, Stranded: []string{"shop/cart", "shop/db"}}
+		}, "left 2 captured pods behind, whose traffic is blocked (shop/cart, shop/db)"},
+		{"a node without a pod and with captured ones", func(s *status) {
+			s.Nodes[0] = nodeStatus{Node: "a", Stranded: []string{"shop/cart"}}
+		}, "the traffic of 1 captured pods is blocked"},
 	}
 	for _, r := range rows {
 		t.Run(r.name, func(t *testing.T) {
