@@ -58,7 +58,10 @@ type Client struct {
 	cfg       ClientConfig
 	connected atomic.Bool
 	active    atomic.Bool
-	greeted   bool // the agent was told of this ztunnel once
+	activated chan struct{} // closed when active is set
+	claims    sync.Mutex
+	claimed   net.Listener // the claim of the active one; guarded by claims
+	greeted   bool         // the agent was told of this ztunnel once
 	synced    chan struct{}
 	once      sync.Once
 }
@@ -66,7 +69,7 @@ type Client struct {
 // NewClient returns a client that does nothing until Run.
 func NewClient(cfg ClientConfig) *Client {
 	cfg.Retry = cmp.Or(cfg.Retry, 200*time.Millisecond)
-	return &Client{cfg: cfg, synced: make(chan struct{})}
+	return &Client{cfg: cfg, synced: make(chan struct{}), activated: make(chan struct{})}
 }
 
 // Synced is closed when the first snapshot is complete.
@@ -82,12 +85,16 @@ func (c *Client) Connected() bool { return c.connected.Load() }
 // nil. While the agent is away, the pods that are held stay served.
 func (c *Client) Run(ctx context.Context) error {
 	var last string
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() { c.keepClaim(ctx) })
 	for {
 		err := c.session(ctx)
 		c.connected.Store(false)
 		if ctx.Err() != nil {
 			return nil
 		}
+		c.succeed()
 		// The agent may be away for minutes: say each reason once.
 		if reason := fmt.Sprint(err); reason != last {
 			c.cfg.Log.Warn("the node agent is not connected: known pods stay served, new ones cannot start", "path", c.cfg.Path, "error", err)
@@ -177,7 +184,11 @@ func (c *Client) greet(p *pipe) error {
 
 // activate makes this ztunnel active.
 func (c *Client) activate() {
-	if c.cfg.Pair != "" && !c.active.Swap(true) && c.cfg.Activate != nil {
+	if c.cfg.Pair == "" || c.active.Swap(true) {
+		return
+	}
+	close(c.activated)
+	if c.cfg.Activate != nil {
 		c.cfg.Activate()
 	}
 }

@@ -43,12 +43,12 @@ func TestStandbyIsActivatedWhenTheActiveOneDies(t *testing.T) {
 	f, _ := testFiles(t)
 	path := filepath.Join(t.TempDir(), "s")
 	s := startServer(t, ServerConfig{Path: path, Snapshot: func() []Entry { return []Entry{{testPod, dup(t, f)}} }})
-	a := startTwin(t, path, "z", "a", false)
+	a := startTwin(t, path, t.Name(), "a", false)
 	a.synced(t)
 	if got := a.proxy.did(); !slices.Equal(got, []string{"activate", "add " + testPod.UID, "end"}) {
 		t.Errorf("the first one did %v", got)
 	}
-	b := startTwin(t, path, "z", "b", true)
+	b := startTwin(t, path, t.Name(), "b", true)
 	b.synced(t)
 	if n, _ := s.Connected(); n != 1 || s.Standbys() != 1 || b.Active() || !a.Active() {
 		t.Errorf("%d active, %d stand by", n, s.Standbys())
@@ -72,7 +72,7 @@ func TestStandbyIsActivatedWhenTheActiveOneDies(t *testing.T) {
 		t.Errorf("%d active", n)
 	}
 	// The one that died comes back, and leaves the other alone.
-	c := startTwin(t, path, "z", "c", false)
+	c := startTwin(t, path, t.Name(), "c", false)
 	c.synced(t)
 	if c.Active() || s.Standbys() != 1 {
 		t.Errorf("the one that came back is active: %v, %d stand by", c.Active(), s.Standbys())
@@ -103,7 +103,7 @@ func count(list []string, s string) (n int) {
 func TestLonelyStandbyIsActivated(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	startServer(t, ServerConfig{Path: path, ElectWait: 20 * time.Millisecond})
-	b := startTwin(t, path, "z", "b", true)
+	b := startTwin(t, path, t.Name(), "b", true)
 	eventually(t, "the standby to be active", b.Active)
 }
 
@@ -112,13 +112,13 @@ func TestRestartedAgentLeavesTheActiveOneActive(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	first := NewServer(ServerConfig{Path: path, Log: slog.New(slog.DiscardHandler)})
 	stop := run(t, first.Run)
-	a := startTwin(t, path, "z", "a", false)
+	a := startTwin(t, path, t.Name(), "a", false)
 	eventually(t, "the first one", a.Active)
-	b := startTwin(t, path, "z", "b", true)
+	b := startTwin(t, path, t.Name(), "b", true)
 	b.synced(t)
 	a.stop()
 	eventually(t, "the standby to be active", b.Active)
-	c := startTwin(t, path, "z", "c", false) // eager, and not active
+	c := startTwin(t, path, t.Name(), "c", false) // eager, and not active
 	c.synced(t)
 	stop()
 	s := startServer(t, ServerConfig{Path: path, ElectWait: 300 * time.Millisecond})
@@ -137,7 +137,7 @@ func TestPairsDoNotMix(t *testing.T) {
 	var all []*twin
 	for _, pair := range []string{"old", "new"} {
 		for _, standby := range []bool{false, true} {
-			w := startTwin(t, path, pair, pair, standby)
+			w := startTwin(t, path, t.Name()+pair, pair, standby)
 			w.synced(t)
 			all = append(all, w)
 		}
@@ -190,7 +190,7 @@ func TestAgentThatKnowsNoPairs(t *testing.T) {
 func TestPairUnderFire(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	s := startServer(t, ServerConfig{Path: path, ElectWait: 10 * time.Millisecond})
-	twins := []*twin{startTwin(t, path, "z", "a", false), startTwin(t, path, "z", "b", true)}
+	twins := []*twin{startTwin(t, path, t.Name(), "a", false), startTwin(t, path, t.Name(), "b", true)}
 	for i := range 40 {
 		for _, w := range twins {
 			w.synced(t)
@@ -206,7 +206,7 @@ func TestPairUnderFire(t *testing.T) {
 		wg.Wait()
 		for j, w := range twins {
 			if dead&(1<<j) != 0 {
-				twins[j] = startTwin(t, path, "z", w.cfg.Instance, j == 1)
+				twins[j] = startTwin(t, path, t.Name(), w.cfg.Instance, j == 1)
 			}
 		}
 		eventually(t, "one active and one that stands by", func() bool { n, _ := s.Connected(); return n == 1 && s.Standbys() == 1 })
@@ -220,7 +220,7 @@ func TestStandbyTakesOverFromOneThatHangs(t *testing.T) {
 	f, _ := testFiles(t)
 	path := filepath.Join(t.TempDir(), "s")
 	s := startServer(t, ServerConfig{Path: path, AckTimeout: 200 * time.Millisecond, WatchEvery: 10 * time.Millisecond})
-	a, b := startTwin(t, path, "z", "a", false), startTwin(t, path, "z", "b", true)
+	a, b := startTwin(t, path, t.Name(), "a", false), startTwin(t, path, t.Name(), "b", true)
 	a.synced(t)
 	b.synced(t)
 	if !a.Active() || b.Active() {
@@ -236,5 +236,37 @@ func TestStandbyTakesOverFromOneThatHangs(t *testing.T) {
 	}
 	if _, ok := b.proxy.entry(testPod.UID); !ok {
 		t.Error("the pod is not with the one that is active")
+	}
+}
+
+// Agent and active ztunnel are gone at once: the one that stands by serves
+// what it has. While the active one lives, it does not.
+func TestStandbyServesWithoutAgent(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	server := NewServer(ServerConfig{Path: path, Log: slog.New(slog.DiscardHandler)})
+	stop := run(t, server.Run)
+	pair := t.Name() // abstract sockets are shared by all tests
+	a := startTwin(t, path, pair, "a", false)
+	a.synced(t)
+	eventually(t, "the claim", a.hasClaim)
+	b := startTwin(t, path, pair, "b", true)
+	b.synced(t)
+	stop()
+	eventually(t, "the agent to be missed", func() bool { return !b.Connected() })
+	for range 20 {
+		b.succeed()
+	}
+	if b.Active() {
+		t.Fatal("active beside the active one")
+	}
+	a.stop()
+	eventually(t, "the standby to be active", b.Active)
+	eventually(t, "its claim", b.hasClaim)
+
+	fresh := startTwin(t, path, pair, "fresh", true)
+	fresh.succeed()
+	b.stop()
+	if fresh.succeed(); fresh.Active() {
+		t.Error("active without any pod")
 	}
 }

@@ -1,0 +1,82 @@
+package handoff
+
+import (
+	"context"
+	"net"
+	"time"
+)
+
+// While the agent is away nobody tells a ztunnel that stands by that the
+// active one has died. So the active one of a pair holds a claim: an abstract
+// unix socket in the network namespace of their pod, which the kernel frees
+// when the process ends, however it ends. One that stands by and has lost the
+// agent takes the claim if it is free, and is active.
+
+// claimPause is how often an active ztunnel tries to take the claim while the
+// one before it still has it.
+const claimPause = 50 * time.Millisecond
+
+// claim takes the pair's claim if nobody has it. c.claimed keeps it.
+func (c *Client) claim() bool {
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: "@weft-ztunnel/" + c.cfg.Pair, Net: "unix"})
+	if err != nil {
+		return false
+	}
+	c.claims.Lock()
+	defer c.claims.Unlock()
+	if c.claimed != nil { // by ourselves, just now
+		l.Close()
+		return true
+	}
+	c.claimed = l
+	return true
+}
+
+func (c *Client) hasClaim() bool {
+	c.claims.Lock()
+	defer c.claims.Unlock()
+	return c.claimed != nil
+}
+
+// keepClaim holds the claim while this ztunnel is active, until ctx ends.
+func (c *Client) keepClaim(ctx context.Context) {
+	defer func() {
+		c.claims.Lock()
+		defer c.claims.Unlock()
+		if c.claimed != nil {
+			c.claimed.Close()
+			c.claimed = nil
+		}
+	}()
+	select {
+	case <-ctx.Done():
+		return
+	case <-c.activated:
+	}
+	tick := time.NewTicker(claimPause)
+	defer tick.Stop()
+	for !c.hasClaim() && !c.claim() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+	<-ctx.Done()
+}
+
+// succeed makes this ztunnel active if it stands by, the agent is gone, and
+// the active one of its pair as well. Before it has the agent's pods there is
+// nothing that it could serve.
+func (c *Client) succeed() {
+	select {
+	case <-c.synced:
+	default:
+		return
+	}
+	if c.Active() || !c.claim() {
+		return
+	}
+	c.cfg.Log.Warn("neither the node agent nor the active ztunnel of this pod is there any more: active now", "instance", c.cfg.Instance)
+	c.activate()
+}
