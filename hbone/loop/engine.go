@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -85,10 +86,11 @@ func (e *Engine) pick() *eventLoop {
 }
 
 // newTunnel takes a secured connection from Go's poller to a loop. over of h is
-// called once for it, unless newTunnel fails.
-func (e *Engine) newTunnel(c *net.TCPConn, s hbone.Secured, client bool, h host) (*tunnel, error) {
+// called once for it, unless newTunnel fails. With idle above 0 it ends when it
+// is unused for so long.
+func (e *Engine) newTunnel(c *net.TCPConn, s hbone.Secured, client bool, idle time.Duration, h host) (*tunnel, error) {
 	t := &tunnel{
-		loop: e.pick(), host: h, peer: s.Peer, client: client, proof: s.Ends,
+		loop: e.pick(), host: h, peer: s.Peer, client: client, idle: idle, proof: s.Ends,
 		remote: addrPort(c.RemoteAddr()), local: addrPort(c.LocalAddr()),
 		conns: make(map[uint32]*Conn),
 	}

@@ -268,7 +268,7 @@ func (p *Pool) startDial(ctx context.Context, t hbone.Target, e *entry) {
 		if err == nil {
 			p.wg.Add(1)
 			var made *tunnel
-			if made, err = p.engine.newTunnel(c, secured, true, e); err == nil {
+			if made, err = p.engine.newTunnel(c, secured, true, p.cfg.IdleTimeout, e); err == nil {
 				e.tunnels = append(e.tunnels, made)
 				d.made = made
 			} else {
