@@ -200,7 +200,7 @@ func gone(err error) bool { return errors.Is(err, unix.ENOENT) || errors.Is(err,
 // sockets (net.ipv4.tcp_fwmark_accept, IPv6 included), and for the kernel,
 // which refuses a connection to a port on which nobody listens (fwmark_reflect).
 func (c *Capture) acceptMark(ns *netns.NS) error {
-	for _, key := range []string{"net/ipv4/tcp_fwmark_accept", "net/ipv4/fwmark_reflect", "net/ipv6/fwmark_reflect"} {
+	for _, key := range acceptKeys() {
 		err := c.turnOn(ns, key)
 		if errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(key, "net/ipv6/") {
 			continue // a kernel without IPv6
@@ -214,6 +214,10 @@ func (c *Capture) acceptMark(ns *netns.NS) error {
 		}
 	}
 	return nil
+}
+
+func acceptKeys() []string {
+	return []string{"net/ipv4/tcp_fwmark_accept", "net/ipv4/fwmark_reflect", "net/ipv6/fwmark_reflect"}
 }
 
 // turnOn sets a value below /proc/sys in the namespace to 1.

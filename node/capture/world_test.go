@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -24,6 +26,9 @@ const (
 	soon  = 5 * time.Second
 	never = 300 * time.Millisecond
 )
+
+// disableEnv is how a test runs others on another rung: t.Setenv.
+const disableEnv = "WEFT_TEST_DISABLE"
 
 // A stage is a world with one node, a pod to be captured, and peers.
 type stage struct {
@@ -55,6 +60,7 @@ func shapedStage(t testing.TB, kind testnet.Kind, shape testnet.Shape) *stage {
 		ProcRoot: "/proc",
 		HostNS:   s.node.NS,
 		Log:      slog.New(slog.NewTextHandler(t.Output(), nil)),
+		Disable:  strings.Fields(os.Getenv(disableEnv)),
 	}
 	s.capture = s.agent()
 	return s
