@@ -17,8 +17,9 @@ import (
 // process.
 var ErrMoved = errors.New("the connection goes on in another process")
 
-// errNotMovable says that a tunnel ends, or is moving already.
-var errNotMovable = errors.New("the tunnel has ended or moves already")
+// ErrNotMovable is why Freeze fails for a tunnel that has ended, or moves
+// already.
+var ErrNotMovable = errors.New("the tunnel has ended or moves already")
 
 // A Mover can take one tunnel out of an engine.
 type Mover struct{ t *tunnel }
@@ -79,7 +80,7 @@ func (l *eventLoop) call(f func()) {
 
 // Freeze stops the tunnel and returns its state.
 func (m Mover) Freeze() (*Frozen, error) {
-	f, err := (*Frozen)(nil), errNotMovable
+	f, err := (*Frozen)(nil), ErrNotMovable
 	m.t.loop.call(func() { f, err = m.t.loop.freeze(m.t) })
 	return f, err
 }
@@ -104,11 +105,11 @@ func (f *Frozen) Release() { f.t.loop.call(func() { f.t.loop.release(f.t) }) }
 // freeze sends what the socket takes, and takes t out of the loop.
 func (l *eventLoop) freeze(t *tunnel) (*Frozen, error) {
 	if t.ended || t.frozen || l.gone() {
-		return nil, errNotMovable
+		return nil, ErrNotMovable
 	}
 	l.flush(t)
 	if t.ended {
-		return nil, errNotMovable
+		return nil, ErrNotMovable
 	}
 	f := &Frozen{t: t, Files: []int{int(t.fd)}}
 	if err := f.export(l.now); err != nil {

@@ -86,11 +86,11 @@ func (s *TunnelState) Wipe() {
 func (s *TunnelState) Pack(c *pack.Coder) {
 	packIdentity(c, &s.Peer)
 	packTime(c, &s.Ends)
-	packAddr(c, &s.Remote)
-	packAddr(c, &s.Local)
+	PackAddr(c, &s.Remote)
+	PackAddr(c, &s.Local)
 	packIdentity(c, &s.Source)
 	pack.List(c, &s.Peers, maxPeers, packIdentity)
-	packAddr(c, &s.Address)
+	PackAddr(c, &s.Address)
 	s.Core.Pack(c)
 	s.Seal.Pack(c)
 	s.Open.Pack(c)
@@ -147,7 +147,8 @@ func packTime(c *pack.Coder, t *time.Time) {
 	}
 }
 
-func packAddr(c *pack.Coder, a *netip.AddrPort) {
+// PackAddr names an address to c.
+func PackAddr(c *pack.Coder, a *netip.AddrPort) {
 	var b []byte
 	if !c.Reading() {
 		b, _ = a.MarshalBinary() // it does not fail
