@@ -12,18 +12,7 @@ import (
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/kubernetes"
 )
-
-// client returns a Kubernetes client with every right.
-func client(t *testing.T) *kubernetes.Clientset {
-	t.Helper()
-	c, err := kubernetes.NewForConfig(world.c.RESTConfig())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return c
-}
 
 // poll is eventually for questions that cost little: it asks twenty times a
 // second.
@@ -69,7 +58,7 @@ type load struct {
 // startLoad starts the verb "load" in the first container of a pod.
 func startLoad(t *testing.T, ns, pod string, args ...string) *load {
 	t.Helper()
-	p, err := client(t).CoreV1().Pods(ns).Get(t.Context(), pod, metav1.GetOptions{})
+	p, err := world.kube.CoreV1().Pods(ns).Get(t.Context(), pod, metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}

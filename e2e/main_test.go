@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"k8s.io/client-go/kubernetes"
+
 	"github.com/weft-mesh/weft/e2e/cluster"
 	"github.com/weft-mesh/weft/e2e/install"
 )
@@ -21,8 +23,9 @@ var (
 
 // world is what the tests run in; TestMain makes it.
 var world struct {
-	c *cluster.Cluster
-	a install.Artifacts
+	c    *cluster.Cluster
+	kube *kubernetes.Clientset // with every right
+	a    install.Artifacts
 }
 
 func TestMain(m *testing.M) {
@@ -50,6 +53,10 @@ func run(m *testing.M) (code int) {
 				code = 1
 			}
 		}()
+	}
+	if world.kube, err = kubernetes.NewForConfig(world.c.RESTConfig()); err != nil {
+		fmt.Fprintln(os.Stderr, "e2e:", err)
+		return 1
 	}
 	start := time.Now()
 	if world.a, err = install.Build(ctx, os.Stdout); err != nil {

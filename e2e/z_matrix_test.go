@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -19,6 +20,9 @@ import (
 	"github.com/weft-mesh/weft/e2e/wire"
 )
 
+// A moment is when a fault began: not before from, and at the latest at to.
+type moment struct{ from, to time.Time }
+
 // A process is one of Weft's programs on a node, by the name that ps shows: the
 // ztunnel that stands by is called ztunnel-standby until it works.
 type process struct{ node, name string }
@@ -27,13 +31,12 @@ type process struct{ node, name string }
 // loads run.
 type cell struct {
 	component, fault string
-	// Make makes the fault, and mends it if it does not end by itself. It
-	// returns the moment at which the fault began.
-	make func(t *testing.T) time.Time
+	// Make makes the fault, and mends it if it does not end by itself.
+	make func(t *testing.T) moment
 	// Dies lists the processes that are others afterwards.
 	dies []process
-	// Breaks are the loads whose connections may be cut, by design. Requests
-	// then may fail only if they were under way.
+	// Breaks are the loads whose connections may be cut, by design. Of the
+	// requests only those that were under way when the fault was made.
 	breaks []string
 	// Refuses says that connections may be refused.
 	refuses bool
@@ -55,11 +58,11 @@ func matrix(t *testing.T) []cell {
 	for _, node := range []string{"node1", "node2"} {
 		all = append(all, process{node, "ztunnel"}, process{node, "ztunnel-standby"}, process{node, "weft-node"})
 	}
-	signal := func(sig string, ps []process) func(*testing.T) time.Time {
-		return func(t *testing.T) time.Time { return signalAll(t, sig, ps) }
+	signal := func(sig string, ps []process) func(*testing.T) moment {
+		return func(t *testing.T) moment { return signalAll(t, sig, ps) }
 	}
-	pause := func(ps []process) func(*testing.T) time.Time {
-		return func(t *testing.T) time.Time {
+	pause := func(ps []process) func(*testing.T) moment {
+		return func(t *testing.T) moment {
 			at := signalAll(t, "STOP", ps)
 			timer := time.NewTimer(faultTime)
 			<-timer.C
@@ -90,42 +93,50 @@ func matrix(t *testing.T) []cell {
 		{component: "all", fault: "restart", make: rollout(daemonset, deployment), breaks: []string{"idle", "long"}},
 	}
 	for _, component := range []string{"ztunnel", "agent", "both", "control", "all"} {
-		cells = append(cells, cell{component: component, fault: "cut", make: func(t *testing.T) time.Time { return cut(t, component) }})
+		cells = append(cells, cell{component: component, fault: "cut", make: func(t *testing.T) moment { return cut(t, component) }})
 	}
 	return cells
 }
 
-// signalAll sends a signal to programs of the nodes, and returns when it did so
-// first.
-func signalAll(t *testing.T, sig string, ps []process) time.Time {
+// signalAll sends a signal to programs of the nodes.
+func signalAll(t *testing.T, sig string, ps []process) moment {
 	t.Helper()
 	const script = `for d in /proc/[0-9]*; do
 	read -r comm <"$d/comm" || continue
 	for name; do [ "$comm" = "$name" ] && pids="$pids ${d#/proc/}"; done
 done 2>/dev/null
 date +%s%N
-echo $pids
-kill -$0 $pids`
+kill -$0 $pids
+date +%s%N
+echo $pids`
 	byNode := map[string][]string{}
 	for _, p := range ps {
 		byNode[p.node] = append(byNode[p.node], p.name)
 	}
 	var mu sync.Mutex
-	var first time.Time
+	var m moment
 	var each sync.WaitGroup
 	for node, names := range byNode {
 		each.Go(func() {
 			out, err := world.c.NodeCommand(t.Context(), node, append([]string{"sh", "-c", script, sig}, names...)...).CombinedOutput()
-			at, pids, _ := strings.Cut(string(out), "\n")
-			n, bad := strconv.ParseInt(at, 10, 64)
-			if err != nil || bad != nil || len(strings.Fields(pids)) < len(names) {
+			f := strings.Fields(string(out)) // two times and the processes
+			if err != nil || len(f) < 2+len(names) {
 				t.Errorf("send %s to %v on %s: %v: %q, want a process of each name", sig, names, node, err, out)
+				return
+			}
+			from, err := strconv.ParseInt(f[0], 10, 64)
+			to, err2 := strconv.ParseInt(f[1], 10, 64)
+			if err := errors.Join(err, err2); err != nil {
+				t.Error(err)
 				return
 			}
 			mu.Lock()
 			defer mu.Unlock()
-			if at := time.Unix(0, n); first.IsZero() || at.Before(first) {
-				first = at
+			if at := time.Unix(0, from); m.from.IsZero() || at.Before(m.from) {
+				m.from = at
+			}
+			if at := time.Unix(0, to); at.After(m.to) {
+				m.to = at
 			}
 		})
 	}
@@ -133,27 +144,27 @@ kill -$0 $pids`
 	if t.Failed() {
 		t.FailNow()
 	}
-	return first
+	return m
 }
 
 // rollout replaces every pod of workloads, as an update of Weft does.
-func rollout(workloads ...string) func(t *testing.T) time.Time {
-	return func(t *testing.T) time.Time {
+func rollout(workloads ...string) func(t *testing.T) moment {
+	return func(t *testing.T) moment {
 		at := time.Now()
 		kubectl(t, append([]string{"rollout", "restart", "-n", "weft-system"}, workloads...)...)
 		for _, w := range workloads {
 			kubectl(t, "rollout", "status", "-n", "weft-system", w, "--timeout=120s")
 		}
-		return at
+		return moment{at, at}
 	}
 }
 
 // cut drops what a component says to others, and hears of them, for a while:
 // ztunnel the tunnels between the nodes, the agent the Kubernetes API, the
 // control service everything, and all every packet between pods of two nodes.
-func cut(t *testing.T, component string) time.Time {
+func cut(t *testing.T, component string) moment {
 	t.Helper()
-	pods, err := client(t).CoreV1().Pods("weft-system").List(t.Context(), metav1.ListOptions{})
+	pods, err := world.kube.CoreV1().Pods("weft-system").List(t.Context(), metav1.ListOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -190,7 +201,7 @@ func cut(t *testing.T, component string) time.Time {
 	case "all":
 		dropFor(t, node, links)
 	}
-	return at
+	return moment{at, at}
 }
 
 // dropFor makes a node forward nothing that matches any of some rules for
@@ -219,7 +230,7 @@ func nft(t *testing.T, node string, rules ...string) {
 
 func controlNode(t *testing.T) string {
 	t.Helper()
-	pods, err := client(t).CoreV1().Pods("weft-system").List(t.Context(), metav1.ListOptions{LabelSelector: "app=weft-control"})
+	pods, err := world.kube.CoreV1().Pods("weft-system").List(t.Context(), metav1.ListOptions{LabelSelector: "app=weft-control"})
 	if err != nil || len(pods.Items) != 1 {
 		t.Fatalf("find weft-control: %v: %d pods", err, len(pods.Items))
 	}
@@ -229,9 +240,8 @@ func controlNode(t *testing.T) string {
 // components returns the containers of Weft with how often each was restarted,
 // once there is exactly one pod of ztunnel on each node and one of the control
 // service, and all are ready.
-func components(ctx context.Context, t *testing.T) (map[string]int32, error) {
-	t.Helper()
-	pods, err := client(t).CoreV1().Pods("weft-system").List(ctx, metav1.ListOptions{})
+func components(ctx context.Context) (map[string]int32, error) {
+	pods, err := world.kube.CoreV1().Pods("weft-system").List(ctx, metav1.ListOptions{})
 	if err != nil {
 		return nil, err
 	}
@@ -269,7 +279,7 @@ func whole(t *testing.T, before map[string]int32, died []process) map[string]int
 	}
 	var now map[string]int32
 	poll(t, 90*time.Second, func() (err error) {
-		if now, err = components(t.Context(), t); err != nil {
+		if now, err = components(t.Context()); err != nil {
 			return err
 		}
 		for _, p := range died {
@@ -466,7 +476,7 @@ func (c cell) join(t *testing.T) (joined func()) {
 // restarted.
 func restarts(t *testing.T) map[string]int32 {
 	t.Helper()
-	pods, err := client(t).CoreV1().Pods(meshed).List(t.Context(), metav1.ListOptions{})
+	pods, err := world.kube.CoreV1().Pods(meshed).List(t.Context(), metav1.ListOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -483,11 +493,11 @@ func restarts(t *testing.T) map[string]int32 {
 
 // judge makes the rows of a cell out of all events, and fails the test if one
 // breaks its promise.
-func (c cell) judge(t *testing.T, at time.Time, events []event) []score.Row {
+func (c cell) judge(t *testing.T, at moment, events []event) []score.Row {
 	t.Helper()
 	var rows []score.Row
 	for _, name := range []string{"idle", "requests", "bulk", "long"} {
-		attempted, refused, broken, examples := 0, 0, 0, ""
+		attempted, refused, broken, late, examples := 0, 0, 0, 0, ""
 		for _, e := range events {
 			if e.Load != name {
 				continue
@@ -501,31 +511,30 @@ func (c cell) judge(t *testing.T, at time.Time, events []event) []score.Row {
 			default:
 				broken++
 			}
+			if !e.Refused && e.Start > at.to.UnixNano() {
+				late++
+			}
 			if refused+broken <= 4 {
-				examples += fmt.Sprintf("\n  from %v to %v after the fault: %s", time.Unix(0, e.Start).Sub(at).Round(time.Millisecond), time.Unix(0, e.End).Sub(at).Round(time.Millisecond), e.Error)
+				examples += fmt.Sprintf("\n  from %v to %v after the fault: %s", time.Unix(0, e.Start).Sub(at.from).Round(time.Millisecond), time.Unix(0, e.End).Sub(at.from).Round(time.Millisecond), e.Error)
 			}
 		}
 		row := score.Row{Name: fmt.Sprintf("fault.%s.%s.%s", c.component, c.fault, name), Attempted: score.N(attempted), Refused: score.N(refused), Broken: score.N(broken)}
 		if name == "requests" {
-			row.RecoveredMS = score.N(int(longestGap(at, events).Milliseconds()))
+			row.RecoveredMS = score.N(int(longestGap(at.from, events).Milliseconds()))
 		}
 		rows = append(rows, row)
 		t.Logf("%s: %d attempted, %d refused, %d broken%s", name, attempted, refused, broken, examples)
 		if refused > 0 && !c.refuses {
 			t.Errorf("%s: %d were refused, want none", name, refused)
 		}
-		limit := 0
-		if slices.Contains(c.breaks, name) {
-			limit = attempted
-			if name == "requests" {
-				limit = 9 // of 60 a second: those under way
-			}
-		}
-		if broken > limit {
-			t.Errorf("%s: %d of %d broke, want at most %d", name, broken, attempted, limit)
+		switch breaks := slices.Contains(c.breaks, name); {
+		case broken > 0 && !breaks:
+			t.Errorf("%s: %d of %d broke, want none", name, broken, attempted)
+		case late > 0 && name == "requests":
+			t.Errorf("%s: %d of %d broke that began after the fault, want none", name, late, attempted)
 		}
 	}
-	t.Logf("longest time without an answer: %v", longestGap(at, events).Round(time.Millisecond))
+	t.Logf("longest time without an answer: %v", longestGap(at.from, events).Round(time.Millisecond))
 	return rows
 }
 

@@ -161,7 +161,7 @@ func TestNodeReboots(t *testing.T) {
 // their sandboxes, and removes all that Weft keeps in memory there.
 func crash(t *testing.T, ns, node string) {
 	t.Helper()
-	pods, err := client(t).CoreV1().Pods("").List(t.Context(), metav1.ListOptions{FieldSelector: "spec.nodeName=" + node})
+	pods, err := world.kube.CoreV1().Pods("").List(t.Context(), metav1.ListOptions{FieldSelector: "spec.nodeName=" + node})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -198,7 +198,7 @@ func podsOn(t *testing.T, ns, node string) []corev1.Pod {
 	t.Helper()
 	var list *corev1.PodList
 	poll(t, 30*time.Second, func() (err error) {
-		list, err = client(t).CoreV1().Pods(ns).List(t.Context(), metav1.ListOptions{FieldSelector: "spec.nodeName=" + node})
+		list, err = world.kube.CoreV1().Pods(ns).List(t.Context(), metav1.ListOptions{FieldSelector: "spec.nodeName=" + node})
 		return err
 	})
 	return list.Items
