@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -71,6 +73,9 @@ type Config struct {
 	Uncaptured string
 	// DNS captures the DNS requests of pods that do not forbid it.
 	DNS bool
+	// DisableFeatures turns features of the kernel off, as if it had not got
+	// them: see capture.Config.
+	DisableFeatures []string
 	// StartupTaints are the keys of the taints that the agent takes off its
 	// node when it is ready. None is none.
 	StartupTaints []string
@@ -390,6 +395,7 @@ func (a *Agent) work(ctx context.Context) bool {
 	a.keeper.enable(c)
 	a.handOver()
 	a.enter("")
+	debug.FreeOSMemory() // the first lists and the programs' text are much more than what stays
 	a.log.Info("the node agent works", "node", a.cfg.Node, "version", a.cfg.Version)
 	return true
 }
@@ -416,7 +422,7 @@ func (a *Agent) open() (capturer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the host's network namespace: %w", err)
 	}
-	c, err := capture.New(capture.Config{BPFRoot: a.cfg.BPFRoot, ProcRoot: a.cfg.ProcRoot, HostNS: host, Log: a.log})
+	c, err := capture.New(capture.Config{BPFRoot: a.cfg.BPFRoot, ProcRoot: a.cfg.ProcRoot, HostNS: host, Disable: a.cfg.DisableFeatures, Log: a.log})
 	if err != nil {
 		host.Close()
 		return nil, err
@@ -439,10 +445,10 @@ func (a *Agent) close() {
 func (a *Agent) probe(ctx context.Context) (capture.Features, bool) {
 	last := ""
 	for {
-		f, err := capture.Probe()
+		f, err := capture.Probe(a.cfg.DisableFeatures...)
 		if err == nil {
 			a.mu.Lock()
-			a.capture = CaptureStatus{Design: "bpf", Why: "the kernel has all that sk_lookup capture needs",
+			a.capture = CaptureStatus{Design: "bpf", Rung: string(f.Rung), Why: cmp.Or(f.Why, "the kernel has all that capture needs"),
 				Features: map[string]bool{"keep existing connections": f.Keep, "reset existing connections": f.Reset}}
 			a.mu.Unlock()
 			return f, true

@@ -481,3 +481,11 @@ func TestBadConfig(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// A feature that is turned off shows in the status, with what it means.
+func TestDisabledFeaturesAreTold(t *testing.T) {
+	s := newSite(t)
+	s.cfg.DisableFeatures = []string{"tcx"}
+	a, _ := s.agent()
+	s.until("the rung", func() bool { c := a.Status().Capture; return c.Rung == "clsact" && strings.Contains(c.Why, "tcx") })
+}

@@ -40,8 +40,9 @@ type Status struct {
 
 // CaptureStatus says how pods are captured on the node, and why that way.
 type CaptureStatus struct {
-	Design   string          `json:"design"` // "bpf", or "none" if pods cannot be captured
-	Why      string          `json:"why"`
+	Design   string          `json:"design"`             // "bpf", or "none" if pods cannot be captured
+	Rung     string          `json:"rung,omitempty"`     // of the ladder of capture.Rung
+	Why      string          `json:"why"`                // why there is no better one
 	Features map[string]bool `json:"features,omitempty"` // what the kernel has
 }
 

@@ -68,6 +68,7 @@ func parse(args []string, getenv func(string) string, out io.Writer) (config, er
 	fs.StringVar(&a.Existing, "existing-connections", a.Existing, "what becomes of the connections of a running pod when it is captured: keep or reset")
 	fs.StringVar(&a.Uncaptured, "uncaptured", a.Uncaptured, "what to do about a pod that is found running outside the mesh though it belongs to it: capture, report or restart")
 	fs.BoolVar(&a.DNS, "dns-capture", a.DNS, "let ztunnel answer the DNS requests of captured pods")
+	fs.Func("disable-features", "features of the kernel, separated by commas, to do without, for tests: tcx, iterator, sk_lookup", list(&a.DisableFeatures))
 	fs.Func("startup-taints", "keys of taints, separated by commas, that are taken off the node when the agent is ready", list(&a.StartupTaints))
 	fs.Func("exclude-namespaces", "further namespaces, separated by commas, that are never in the mesh", list(&a.ExcludeNamespaces))
 	fs.StringVar(&c.kubeconfig, "kubeconfig", "", "kubeconfig file; default is the pod's service account")

@@ -8,14 +8,14 @@ import (
 
 func TestParse(t *testing.T) {
 	env := func(k string) string { return map[string]string{"NODE_NAME": "n1", "POD_NAMESPACE": "mesh"}[k] }
-	c, err := parse([]string{"-exclude-namespaces", "a, b,", "-existing-connections=reset", "-uncaptured=restart", "-startup-taints=x.dev/a,y.dev/b"}, env, &bytes.Buffer{})
+	c, err := parse([]string{"-exclude-namespaces", "a, b,", "-existing-connections=reset", "-uncaptured=restart", "-startup-taints=x.dev/a,y.dev/b", "-disable-features=tcx"}, env, &bytes.Buffer{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := c.validate(); err != nil {
 		t.Error(err)
 	}
-	if a := c.agent; a.Node != "n1" || a.Namespace != "mesh" || strings.Join(a.ExcludeNamespaces, " ") != "a b" || a.Existing != "reset" || a.Uncaptured != "restart" || strings.Join(a.StartupTaints, " ") != "x.dev/a y.dev/b" || a.Address != ":15022" {
+	if a := c.agent; a.Node != "n1" || a.Namespace != "mesh" || strings.Join(a.ExcludeNamespaces, " ") != "a b" || a.Existing != "reset" || a.Uncaptured != "restart" || strings.Join(a.DisableFeatures, " ") != "tcx" || strings.Join(a.StartupTaints, " ") != "x.dev/a y.dev/b" || a.Address != ":15022" {
 		t.Errorf("got %+v", a)
 	}
 }

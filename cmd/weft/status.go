@@ -64,6 +64,7 @@ type agentStatus struct {
 	Problems []string `json:"problems,omitempty"`
 	Capture  struct {
 		Design string `json:"design,omitempty"`
+		Rung   string `json:"rung,omitempty"`
 		Why    string `json:"why,omitempty"`
 	} `json:"capture"`
 	CNI struct {
@@ -339,7 +340,7 @@ func (s status) people(w io.Writer) error {
 			rows = append(rows, []string{n.Node, "missing", "", "", "", "", ""})
 			continue
 		}
-		design := n.Agent.Capture.Design
+		design := cmp.Or(n.Agent.Capture.Rung, n.Agent.Capture.Design)
 		if n.Agent.Capture.Why != "" {
 			design += ": " + n.Agent.Capture.Why
 		}
