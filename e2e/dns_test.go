@@ -21,11 +21,11 @@ func lookupIn(t *testing.T, ns, pod string, args ...string) (string, error) {
 // others through it; a pod can be left out.
 func TestNames(t *testing.T) {
 	const ns = "names"
-	off := podYAML(ns, "off", "node1", "args: [sleep]", `annotations: {ambient.istio.io/dns-capture: "false"}`)
-	apply(t, namespaceYAML(ns, "ambient")+podYAML(ns, "asks", "node1", "args: [sleep]")+off)
+	apart := podYAML(ns, "apart", "node1", "args: [sleep]", `annotations: {ambient.istio.io/dns-capture: "false"}`)
+	apply(t, namespaceYAML(ns, "ambient")+podYAML(ns, "asks", "node1", "args: [sleep]")+apart)
 	kubectl(t, "wait", "-n", ns, "--for=condition=Ready", "pod", "--all", "--timeout=60s")
 	wantCaptured(t, ns, "asks", true)
-	wantCaptured(t, ns, "off", true)
+	wantCaptured(t, ns, "apart", true)
 	near4, _ := addresses(t, meshed, "near")
 	vips := strings.Fields(kubectl(t, "get", "service", "-n", meshed, "near", "-o", "jsonpath={.spec.clusterIPs[*]}"))
 	vip4 := vips[0]
@@ -64,12 +64,12 @@ func TestNames(t *testing.T) {
 
 	t.Run("a pod that is left out", func(t *testing.T) {
 		eventually(t, 15*time.Second, func() error {
-			if out, err := lookupIn(t, ns, "off", "-network", "ip4", full); err != nil || strings.TrimSpace(out) != vip4 {
+			if out, err := lookupIn(t, ns, "apart", "-network", "ip4", full); err != nil || strings.TrimSpace(out) != vip4 {
 				return fmt.Errorf("through CoreDNS: got %q, %v; want %s", out, err, vip4)
 			}
 			return nil
 		})
-		if out, err := lookupIn(t, ns, "off", "-server", nobody, "-timeout", "2s", "-network", "ip4", full); err == nil {
+		if out, err := lookupIn(t, ns, "apart", "-server", nobody, "-timeout", "2s", "-network", "ip4", full); err == nil {
 			t.Errorf("a server that is not there answered %q: the queries were captured", out)
 		}
 	})

@@ -28,12 +28,12 @@ import (
 type nameServer struct {
 	t    testing.TB
 	work sync.WaitGroup
+
+	mu sync.Mutex
 	// spoof, if set, is called before an answer is sent, to send others.
 	spoof func(c net.PacketConn, to net.Addr, query []byte)
-
-	mu   sync.Mutex
-	seen []string // "protocol client name"
-	ids  map[uint16]bool
+	seen  []string // "protocol client name"
+	ids   map[uint16]bool
 }
 
 func newNameServer(t testing.TB, h *testnet.Host, addrs ...netip.Addr) *nameServer {
@@ -59,8 +59,11 @@ func (s *nameServer) packets(c net.PacketConn) {
 		if err != nil {
 			return
 		}
-		if s.spoof != nil {
-			s.spoof(c, from, b[:n])
+		s.mu.Lock()
+		spoof := s.spoof
+		s.mu.Unlock()
+		if spoof != nil {
+			spoof(c, from, b[:n])
 		}
 		if reply := s.reply("udp", from, b[:n]); reply != nil {
 			c.WriteTo(reply, from)
@@ -350,6 +353,7 @@ func TestSpoofedAnswersArePassedOver(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer elsewhere.Close()
+	server.mu.Lock()
 	server.spoof = func(c net.PacketConn, to net.Addr, query []byte) {
 		elsewhere.WriteTo(lie(query, same), to) // from another port
 		c.WriteTo(nil, to)
@@ -361,6 +365,7 @@ func TestSpoofedAnswersArePassedOver(t *testing.T) {
 		c.WriteTo(lie(query, func(m *dnsmessage.Message) { m.Questions[0].Name = dnsmessage.MustNewName("other.example.net.") }), to)
 		c.WriteTo(lie(query, func(m *dnsmessage.Message) { m.Questions[0].Type = dnsmessage.TypeMX }), to)
 	}
+	server.mu.Unlock()
 	for id := range uint16(20) {
 		c := connected(t, s.client.Host, "udp", netip.AddrPortFrom(s.outside.V4, 53))
 		var m dnsmessage.Message
