@@ -124,6 +124,7 @@ type Workload struct {
 	Identity    Identity  `json:"identity"`
 	Transport   Transport `json:"transport"`
 	HostNetwork bool      `json:"hostNetwork,omitempty"`
+	AppTunnel   AppTunnel `json:"appTunnel,omitzero"`
 	// Waypoint is the proxy that all traffic to this workload's own addresses
 	// goes through.
 	Waypoint GatewayRef `json:"waypoint,omitzero"`
@@ -147,6 +148,17 @@ type Workload struct {
 	// mesh apply too and are not listed. A listed policy that has not arrived
 	// denies.
 	Policies []Name `json:"policies,omitempty"`
+}
+
+// An AppTunnel says how the workload itself is told about a connection that
+// came to it through a tunnel. The zero AppTunnel tells it nothing.
+type AppTunnel struct {
+	// Proxy puts a header of the PROXY protocol, version 2, before the bytes:
+	// the source, the target, and the identity that the source has proved.
+	Proxy bool `json:"proxy,omitempty"`
+	// Port is where the workload takes such connections; 0 is the port that
+	// was asked for.
+	Port uint16 `json:"port,omitempty"`
 }
 
 // An Owner is what created a workload.

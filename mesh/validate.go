@@ -28,6 +28,9 @@ func (w Workload) Validate() error {
 	if w.Transport == HBONE && w.Identity.IsZero() {
 		bad("transport is hbone, but the identity is empty: nobody could be verified")
 	}
+	if w.AppTunnel.Port != 0 && !w.AppTunnel.Proxy {
+		bad("the application tunnel has port %d and no protocol", w.AppTunnel.Port)
+	}
 	if err := w.Waypoint.validate(); err != nil {
 		bad("waypoint: %w", err)
 	}

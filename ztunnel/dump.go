@@ -29,26 +29,32 @@ type dumpConfig struct {
 }
 
 type dumpWorkload struct {
-	UID               mesh.UID      `json:"uid"`
-	IPs               []netip.Addr  `json:"workloadIps"`
-	Waypoint          *dumpGateway  `json:"waypoint,omitempty"`
-	Protocol          string        `json:"protocol"`
-	Name              string        `json:"name"`
-	Namespace         string        `json:"namespace"`
-	ServiceAccount    string        `json:"serviceAccount"`
-	WorkloadName      string        `json:"workloadName"`
-	WorkloadType      string        `json:"workloadType"`
-	CanonicalName     string        `json:"canonicalName"`
-	CanonicalRevision string        `json:"canonicalRevision"`
-	ClusterID         string        `json:"clusterId"`
-	TrustDomain       string        `json:"trustDomain,omitempty"`
-	Locality          mesh.Locality `json:"locality,omitzero"`
-	Node              string        `json:"node,omitempty"`
-	Network           string        `json:"network,omitempty"`
-	Status            string        `json:"status"`
-	Hostname          mesh.Host     `json:"hostname,omitempty"`
-	Capacity          uint32        `json:"capacity"`
-	Policies          []string      `json:"authorizationPolicies,omitempty"`
+	UID               mesh.UID       `json:"uid"`
+	IPs               []netip.Addr   `json:"workloadIps"`
+	Waypoint          *dumpGateway   `json:"waypoint,omitempty"`
+	Protocol          string         `json:"protocol"`
+	Name              string         `json:"name"`
+	Namespace         string         `json:"namespace"`
+	ServiceAccount    string         `json:"serviceAccount"`
+	WorkloadName      string         `json:"workloadName"`
+	WorkloadType      string         `json:"workloadType"`
+	CanonicalName     string         `json:"canonicalName"`
+	CanonicalRevision string         `json:"canonicalRevision"`
+	ClusterID         string         `json:"clusterId"`
+	TrustDomain       string         `json:"trustDomain,omitempty"`
+	Locality          mesh.Locality  `json:"locality,omitzero"`
+	Node              string         `json:"node,omitempty"`
+	Network           string         `json:"network,omitempty"`
+	Status            string         `json:"status"`
+	Hostname          mesh.Host      `json:"hostname,omitempty"`
+	Capacity          uint32         `json:"capacity"`
+	AppTunnel         *dumpAppTunnel `json:"applicationTunnel,omitempty"`
+	Policies          []string       `json:"authorizationPolicies,omitempty"`
+}
+
+type dumpAppTunnel struct {
+	Protocol string `json:"protocol"` // PROXY
+	Port     uint16 `json:"port,omitempty"`
 }
 
 type dumpGateway struct {
@@ -150,6 +156,12 @@ func workloadDump(w *mesh.Workload) dumpWorkload {
 	}
 	if w.Healthy {
 		d.Status = "Healthy"
+	}
+	if w.Capacity != nil {
+		d.Capacity = *w.Capacity
+	}
+	if w.AppTunnel.Proxy {
+		d.AppTunnel = &dumpAppTunnel{Protocol: "PROXY", Port: w.AppTunnel.Port}
 	}
 	for _, n := range w.Policies {
 		d.Policies = append(d.Policies, n.String())

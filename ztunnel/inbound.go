@@ -103,7 +103,7 @@ func (q *pod) receive(ctx context.Context, f *flow, from caller) error {
 			from.refuse(status)
 			return false, err
 		}
-		app, err := q.dialApp(ctx, facts.Source.Addr(), facts.Destination)
+		app, err := q.connectApp(ctx, f, facts)
 		if err != nil {
 			from.refuse(statusUnavailable)
 			return false, connectError(fmt.Errorf("the application does not answer: %w", err))

@@ -39,6 +39,7 @@ func full() (mesh.Workload, mesh.Service, mesh.Policy) {
 		Identity:          mesh.Identity{TrustDomain: "td", Namespace: "shop", ServiceAccount: "cart"},
 		Transport:         mesh.HBONE,
 		HostNetwork:       true,
+		AppTunnel:         mesh.AppTunnel{Proxy: true, Port: 15088},
 		Waypoint:          mesh.GatewayRef{Service: mesh.ServiceName{Namespace: "shop", Host: "waypoint"}, Port: 15008},
 		Healthy:           true,
 		CanonicalName:     "cart",
@@ -250,8 +251,11 @@ func TestWorkloadsThatCannotBeReadAreRefused(t *testing.T) {
 		"waypoint with half a name":  func(m *pb.Workload) { m.Waypoint = fromGateway(mesh.GatewayRef{Service: mesh.ServiceName{Host: "w"}}) },
 		"waypoint with bad address":  func(m *pb.Workload) { m.Waypoint = &pb.GatewayAddress{Destination: &pb.GatewayAddress_Address{}} },
 		"waypoint port out of range": func(m *pb.Workload) { m.Waypoint.HboneMtlsPort = 1 << 20 },
-		"application tunnel": func(m *pb.Workload) {
-			m.ApplicationTunnel = &pb.ApplicationTunnel{Protocol: pb.ApplicationTunnel_PROXY}
+		"application tunnel of a later version": func(m *pb.Workload) {
+			m.ApplicationTunnel = &pb.ApplicationTunnel{Protocol: 2}
+		},
+		"application tunnel to no port": func(m *pb.Workload) {
+			m.ApplicationTunnel = &pb.ApplicationTunnel{Protocol: pb.ApplicationTunnel_PROXY, Port: 65536}
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

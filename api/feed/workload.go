@@ -57,6 +57,9 @@ func FromWorkload(w mesh.Workload) *pb.Workload {
 	if w.Healthy {
 		m.Status = pb.WorkloadStatus_HEALTHY
 	}
+	if w.AppTunnel.Proxy {
+		m.ApplicationTunnel = &pb.ApplicationTunnel{Protocol: pb.ApplicationTunnel_PROXY, Port: uint32(w.AppTunnel.Port)}
+	}
 	if w.HostNetwork {
 		m.NetworkMode = pb.NetworkMode_HOST_NETWORK
 	}
@@ -135,6 +138,9 @@ func ToWorkload(m *pb.Workload) (mesh.Workload, error) {
 	if w.Services, err = toMemberships(m.GetServices()); err != nil {
 		errs = append(errs, err)
 	}
+	if w.AppTunnel, err = toAppTunnel(m.GetApplicationTunnel()); err != nil {
+		errs = append(errs, err)
+	}
 	w.Transport, err = toTransport(m)
 	if err != nil {
 		errs = append(errs, err)
@@ -154,12 +160,21 @@ func ToWorkload(m *pb.Workload) (mesh.Workload, error) {
 	return w, nil
 }
 
-// toTransport reads how the workload is reached. An application tunnel would
-// have to be opened in front of it, which this version cannot.
-func toTransport(m *pb.Workload) (mesh.Transport, error) {
-	if t := m.GetApplicationTunnel(); t.GetProtocol() != pb.ApplicationTunnel_NONE {
-		return mesh.TransportUnset, fmt.Errorf("application tunnel %v is not supported", t.GetProtocol())
+// toAppTunnel reads what the workload wants to be told about connections.
+func toAppTunnel(m *pb.ApplicationTunnel) (mesh.AppTunnel, error) {
+	switch {
+	case m.GetPort() > math.MaxUint16:
+		return mesh.AppTunnel{}, fmt.Errorf("application tunnel: port %d is out of range", m.GetPort())
+	case m.GetProtocol() == pb.ApplicationTunnel_NONE:
+		return mesh.AppTunnel{}, nil // the port of nothing means nothing
+	case m.GetProtocol() == pb.ApplicationTunnel_PROXY:
+		return mesh.AppTunnel{Proxy: true, Port: uint16(m.GetPort())}, nil
 	}
+	return mesh.AppTunnel{}, fmt.Errorf("application tunnel %v is not supported", m.GetProtocol())
+}
+
+// toTransport reads how the workload is reached.
+func toTransport(m *pb.Workload) (mesh.Transport, error) {
 	switch m.GetTunnelProtocol() {
 	case pb.TunnelProtocol_NONE:
 		return mesh.PlainTCP, nil
