@@ -2,6 +2,7 @@ package ztunnel
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -163,6 +164,14 @@ func (f *flow) Opened(peer *mesh.Identity) { f.destinationID, f.opened = peer, t
 // Ended counts and logs a flow that an event loop has carried. The engine calls
 // it, so it does not block.
 func (f *flow) Ended(err error) {
+	if errors.Is(err, loop.ErrMoved) {
+		q, counted := f.pod, f.counted
+		q.movedOn(f)
+		if counted {
+			q.conns.Done()
+		}
+		return
+	}
 	if err != nil && f.direction == outbound && !f.opened {
 		err = connectError(explain(err))
 	}
@@ -260,8 +269,15 @@ func (p *Proxy) recheck(ctx context.Context) error {
 // recheckAll decides on every admitted flow by the current View and returns
 // how many it left open only because patient is set.
 func (p *Proxy) recheckAll(patient bool) (waiting int) {
+	return p.recheckSome(p.flows.all(), patient)
+}
+
+// recheckFlows decides on flows by the View of now.
+func (p *Proxy) recheckFlows(flows []*flow) { p.recheckSome(flows, true) }
+
+func (p *Proxy) recheckSome(flows []*flow, patient bool) (waiting int) {
 	v := p.cfg.View.Load()
-	for _, f := range p.flows.all() {
+	for _, f := range flows {
 		if !f.admitted.Load() {
 			continue
 		}

@@ -55,6 +55,10 @@ type Config struct {
 	// nothing, until Activate.
 	Standby bool
 
+	// Heir returns the successor that is ready to take the connections over
+	// when this proxy ends, or nil: then they drain. Nil has none.
+	Heir func() Heir
+
 	Log       *slog.Logger          // required
 	AccessLog io.Writer             // one line for each connection; nil writes none
 	Metrics   prometheus.Registerer // nil exports none
@@ -166,8 +170,14 @@ func (p *Proxy) Run(ctx context.Context) error {
 		})
 }
 
-// drain lets every pod leave, and returns when all have.
+// drain lets every pod leave, and returns when all have. What a successor takes
+// goes on there.
 func (p *Proxy) drain() {
+	if p.cfg.Heir != nil {
+		if heir := p.cfg.Heir(); heir != nil {
+			p.handOver(heir)
+		}
+	}
 	p.mu.Lock()
 	p.stopped = true
 	pods := p.pods
@@ -283,6 +293,22 @@ func (p *Proxy) dismiss(meant func(uid string) bool) {
 	for _, s := range stopped {
 		<-s
 	}
+}
+
+// Warm waits until every pod that is served has its certificate, or ctx ends.
+func (p *Proxy) Warm(ctx context.Context) error {
+	p.mu.Lock()
+	ids := make(map[mesh.Identity]bool)
+	for _, q := range p.pods {
+		ids[q.id] = true
+	}
+	p.mu.Unlock()
+	for id := range ids {
+		if _, err := p.cfg.Identity.Certificate(ctx, id); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Held returns the pods that are served, with files that the caller closes.

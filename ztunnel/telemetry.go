@@ -122,6 +122,12 @@ func newTelemetry(reg prometheus.Registerer, log *accessLog) *telemetry {
 
 // begin counts f as opened. Set what is known of f before.
 func (t *telemetry) begin(f *flow) {
+	t.resume(f)
+	f.counters.opened.Inc()
+}
+
+// resume is begin for a flow that another process has counted as opened.
+func (t *telemetry) resume(f *flow) {
 	l := labelsOf(f)
 	t.mu.Lock()
 	c := t.cache[l]
@@ -136,7 +142,6 @@ func (t *telemetry) begin(f *flow) {
 	}
 	t.mu.Unlock()
 	f.counters = c
-	c.opened.Inc()
 }
 
 // progress counts the bytes of f since the last call.

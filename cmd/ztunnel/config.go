@@ -24,6 +24,7 @@ type config struct {
 	rootsFile      string
 	tokenFile      string
 	handoffPath    string
+	handoverPath   string
 
 	podName, podNamespace, podIP, nodeName string
 
@@ -67,6 +68,7 @@ func parseConfig(args []string, env func(string) string) (config, error) {
 	text(&c.rootsFile, "roots", "ROOTS_FILE", "/var/run/secrets/istio/root-cert.pem", "file with the roots of the trust domain, PEM")
 	text(&c.tokenFile, "token", "TOKEN_FILE", "/var/run/secrets/tokens/istio-token", "file with the service-account token for the audience istio-ca")
 	text(&c.handoffPath, "handoff", "HANDOFF_SOCKET", "/var/run/weft/handoff.sock", "socket of the node agent")
+	text(&c.handoverPath, "handover", "HANDOVER_SOCKET", "/var/run/weft/handover.sock", "socket by which ztunnels of this node hand established connections over to their successors; its directory is root's")
 	text(&c.podName, "pod-name", "POD_NAME", "", "name of this pod")
 	text(&c.podNamespace, "pod-namespace", "POD_NAMESPACE", "", "namespace of this pod")
 	text(&c.podIP, "pod-ip", "INSTANCE_IP", "", "address of this pod")
@@ -103,6 +105,7 @@ func (c config) validate() error {
 		{"roots", c.rootsFile, "without roots nobody can be verified"},
 		{"token", c.tokenFile, "the control service wants to know who asks"},
 		{"handoff", c.handoffPath, "pods come from there"},
+		{"handover", c.handoverPath, "connections are handed over there"},
 		{"pod-name", c.podName, "set $POD_NAME from metadata.name"},
 		{"pod-namespace", c.podNamespace, "set $POD_NAMESPACE from metadata.namespace"},
 		{"node-name", c.nodeName, "set $NODE_NAME from spec.nodeName"},

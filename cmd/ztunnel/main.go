@@ -88,6 +88,8 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 	if c.accessLog {
 		cfg.AccessLog = out
 	}
+	var after *succession
+	cfg.Heir = func() ztunnel.Heir { return after.heir() }
 	proxy := ztunnel.New(cfg)
 	turn := &turnstile{standby: c.standby, activated: make(chan struct{}), comm: "/proc/self/comm", log: log}
 	agent := handoff.NewClient(handoff.ClientConfig{
@@ -95,6 +97,10 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 		Pair: c.podName, Standby: c.standby, Activate: func() { proxy.Activate(); turn.activate() },
 	})
 	turn.synced = agent.Synced()
+	after = newSuccession(succession{
+		path: c.handoverPath, instance: c.instance(), standby: c.standby, proxy: proxy, activated: turn.activated, log: log,
+		warm: func(ctx context.Context) error { return warm(ctx, client, agent, proxy) },
+	})
 	pages := pages{proxy: proxy, store: store, level: level, ready: func() error { return ready(client, agent, roots) }}
 
 	return untilDrained(ctx, stopAll, proxy.Run,
@@ -108,6 +114,7 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 			return nil
 		},
 		turn.watch,
+		func(inner context.Context) error { return after.run(ctx, inner) },
 		func(ctx context.Context) error { return turn.serve(ctx, c.adminAddr, pages.admin()) },
 		func(ctx context.Context) error { return turn.serve(ctx, c.statsAddr, stats(reg)) },
 		func(ctx context.Context) error { return turn.serve(ctx, c.readyAddr, pages.health()) },
@@ -139,6 +146,19 @@ func servePods(ctx context.Context, client *feed.Client, agent *handoff.Client) 
 		return nil
 	}
 	return agent.Run(ctx)
+}
+
+// warm returns when this ztunnel serves every pod of the node, with what that
+// needs.
+func warm(ctx context.Context, client *feed.Client, agent *handoff.Client, proxy *ztunnel.Proxy) error {
+	for _, c := range []<-chan struct{}{client.Synced(), agent.Synced()} {
+		select {
+		case <-c:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return proxy.Warm(ctx)
 }
 
 // ready reports, as an error, why this ztunnel is not ready.

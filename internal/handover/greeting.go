@@ -10,6 +10,7 @@ import (
 // A Greeting is who a successor is.
 type Greeting struct {
 	Instance string   // for the logs
+	Rank     uint32   // of several successors that are ready the highest is the heir
 	Parts    []uint32 // versions of parts that it takes, the best first
 }
 
@@ -22,6 +23,7 @@ type hi struct {
 func (h *hi) pack(c *pack.Coder) {
 	pack.Uint(c, &h.version, 1<<16)
 	pack.String(c, &h.Instance, 256)
+	pack.Uint(c, &h.Rank, 1<<16)
 	pack.List(c, &h.Parts, 64, func(c *pack.Coder, v *uint32) { pack.Uint(c, v, 1<<31) })
 }
 

@@ -116,7 +116,7 @@ func taking(t testing.TB, path string, k *taker, parts ...uint32) <-chan error {
 	ctx, stop := context.WithCancel(context.Background())
 	t.Cleanup(stop)
 	go func() {
-		_, err := Take(ctx, ClientConfig{Path: path, Greeting: Greeting{"new", parts}, Taker: k, Ready: always, Log: quiet})
+		_, err := Take(ctx, ClientConfig{Path: path, Greeting: Greeting{"new", 0, parts}, Taker: k, Ready: always, Log: quiet})
 		end <- err
 	}()
 	return end
@@ -177,7 +177,7 @@ func TestVersionsMustAgree(t *testing.T) {
 	}
 	c := dial(t, path)
 	p := newPipe(c)
-	if err := p.send(message{kind: hello, text: pack.Write((&hi{Version + 1, Greeting{"new", []uint32{1}}}).pack)}); err != nil {
+	if err := p.send(message{kind: hello, text: pack.Write((&hi{Version + 1, Greeting{"new", 0, []uint32{1}}}).pack)}); err != nil {
 		t.Fatal(err)
 	}
 	if m, err := p.receive(time.Now().Add(5 * time.Second)); err != nil || m.kind != refuse {
@@ -196,6 +196,23 @@ func dial(t testing.TB, path string) *net.UnixConn {
 	}
 	t.Cleanup(func() { c.Close() })
 	return c
+}
+
+// TestTheHighestRankInherits shows who is chosen of several.
+func TestTheHighestRankInherits(t *testing.T) {
+	s, path := served(t, 1)
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	for i, rank := range []uint32{0, 2, 2, 1} {
+		name := fmt.Sprint(i)
+		go func() {
+			_, _ = Take(ctx, ClientConfig{Path: path, Greeting: Greeting{name, rank, []uint32{1}}, Taker: &taker{}, Ready: always, Log: quiet})
+		}()
+		eventually(t, func() bool { s.mu.Lock(); defer s.mu.Unlock(); return len(s.heirs) == i+1 })
+	}
+	if h := heir(t, s); h.Instance != "2" {
+		t.Errorf("successor %s was chosen", h.Instance)
+	}
 }
 
 // TestDeclinedPartsStay shows that a part which the successor does not want is
@@ -274,7 +291,7 @@ func TestBadSuccessorsBreakNothing(t *testing.T) {
 	s, path := served(t, 1)
 	greeted := func(c *net.UnixConn) *pipe {
 		p := newPipe(c)
-		_ = p.send(message{kind: hello, text: pack.Write((&hi{Version, Greeting{"bad", []uint32{1}}}).pack)})
+		_ = p.send(message{kind: hello, text: pack.Write((&hi{Version, Greeting{"bad", 0, []uint32{1}}}).pack)})
 		if m, err := p.receive(time.Now().Add(5 * time.Second)); err != nil || m.kind != welcome {
 			t.Fatal(m, err)
 		}
@@ -391,7 +408,7 @@ func TestStrangersGetNothing(t *testing.T) {
 		}
 		defer c.Close()
 		p := newPipe(c)
-		_ = p.send(message{kind: hello, text: pack.Write((&hi{Version, Greeting{"new", []uint32{1}}}).pack)})
+		_ = p.send(message{kind: hello, text: pack.Write((&hi{Version, Greeting{"new", 0, []uint32{1}}}).pack)})
 		if m, err := p.receive(time.Now().Add(5 * time.Second)); err == nil {
 			return fmt.Errorf("a stranger was answered with kind %d", m.kind)
 		} else if errors.Is(err, os.ErrDeadlineExceeded) {

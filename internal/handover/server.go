@@ -82,6 +82,9 @@ func listen(path string) (*net.UnixListener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, err
 	}
+	// The kubelet makes a hostPath directory with 0755. The socket's own mode
+	// and the check of the peer hold without this.
+	_ = os.Chmod(filepath.Dir(path), 0o700)
 	dir, err := os.MkdirTemp(filepath.Dir(path), ".handover")
 	if err != nil {
 		return nil, err
@@ -173,15 +176,19 @@ func (s *Server) wake() {
 	s.ready = make(chan struct{})
 }
 
-// Heir returns the newest successor that is ready, or nil, and a channel that
-// is closed when the answer may be another.
+// Heir returns the successor that is ready, of several the one with the highest
+// rank and of those the newest, or nil, and a channel that is closed when the
+// answer may be another.
 func (s *Server) Heir() (*Heir, <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if n := len(s.heirs); n > 0 {
-		return s.heirs[n-1], s.ready
+	var best *Heir
+	for _, h := range s.heirs {
+		if best == nil || h.Rank >= best.Rank {
+			best = h
+		}
 	}
-	return nil, s.ready
+	return best, s.ready
 }
 
 // An Heir is a successor that is ready. Its methods are called by one goroutine

@@ -1,0 +1,301 @@
+package ztunnel
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"net/netip"
+	"time"
+
+	"github.com/weft-mesh/weft/hbone/loop"
+	"github.com/weft-mesh/weft/internal/handover"
+	"github.com/weft-mesh/weft/internal/pack"
+	"github.com/weft-mesh/weft/mesh"
+)
+
+// PartVersion is the version of the parts that a Proxy gives to its successor
+// and takes from its predecessor: a tunnel with its connections. A change of
+// anything that a part holds, down to the record protection, is a new version.
+const PartVersion = 1
+
+// An Heir takes what a Proxy hands over when it ends. A nil error of Give means
+// that the part is the heir's; after any other it is the proxy's as before, and
+// only after handover.ErrDeclined may another part be given.
+type Heir interface {
+	Give(text []byte, files []int) error
+	Done() error
+}
+
+const (
+	// handoverTime bounds the time in which connections are handed over.
+	handoverTime = 5 * time.Second
+	// handoverPause is between two looks for connections that are still being
+	// set up.
+	handoverPause = 20 * time.Millisecond
+)
+
+// A movedTunnel is one part.
+type movedTunnel struct {
+	pod    string // UID
+	id     mesh.Identity
+	flows  []movedFlow // of tunnel.Conns
+	tunnel loop.TunnelState
+}
+
+// A movedFlow is what is known of a connection beside its state.
+type movedFlow struct {
+	source, destination mesh.UID
+	service             mesh.ServiceName
+	start               int64
+	src, dst, target    netip.AddrPort
+	mutualTLS, opened   bool
+	admitted            bool
+}
+
+func (m *movedTunnel) pack(c *pack.Coder) {
+	pack.String(c, &m.pod, 128)
+	for _, s := range []*string{&m.id.TrustDomain, &m.id.Namespace, &m.id.ServiceAccount} {
+		pack.String(c, s, 1<<10)
+	}
+	pack.List(c, &m.flows, handover.MaxPartFiles, func(c *pack.Coder, f *movedFlow) { f.pack(c) })
+	m.tunnel.Pack(c)
+}
+
+func (f *movedFlow) pack(c *pack.Coder) {
+	pack.String(c, &f.source, 1<<10)
+	pack.String(c, &f.destination, 1<<10)
+	pack.String(c, &f.service.Namespace, 1<<10)
+	pack.String(c, &f.service.Host, 1<<10)
+	pack.Uint(c, &f.start, math.MaxInt64)
+	for _, a := range []*netip.AddrPort{&f.src, &f.dst, &f.target} {
+		loop.PackAddr(c, a)
+	}
+	for _, b := range []*bool{&f.mutualTLS, &f.opened, &f.admitted} {
+		pack.Bool(c, b)
+	}
+}
+
+// handed returns what a successor is told of f.
+func (f *flow) handed() movedFlow {
+	m := movedFlow{
+		start: f.start, src: f.src.addrPort(), dst: f.dst.addrPort(), target: f.target.addrPort(),
+		mutualTLS: f.mutualTLS, opened: f.opened, admitted: f.admitted.Load(),
+	}
+	if f.source != nil {
+		m.source = f.source.UID
+	}
+	if f.destination != nil {
+		m.destination = f.destination.UID
+	}
+	if f.service != nil {
+		m.service = f.service.Name
+	}
+	return m
+}
+
+// handOver gives the tunnels of every pod to heir, while nothing new is
+// accepted any more. What is being set up is waited for, and what the heir does
+// not take stays.
+func (p *Proxy) handOver(heir Heir) {
+	p.mu.Lock()
+	p.stopped = true
+	var pods []*pod
+	for _, q := range p.pods {
+		pods = append(pods, q)
+	}
+	p.mu.Unlock()
+	for _, q := range pods {
+		q.closeListeners() // the agent and the heir have them too
+		q.accepts.Wait()
+	}
+	start := time.Now()
+	declined := make(map[*pod]bool)
+	var tunnels, conns int
+	var err error
+	for {
+		for _, q := range pods {
+			if err == nil && !declined[q] {
+				var t, c int
+				t, c, declined[q], err = q.handOver(heir)
+				tunnels, conns = tunnels+t, conns+c
+			}
+		}
+		if err != nil || p.flows.tunnelled(declined) == 0 || time.Since(start) > handoverTime {
+			break
+		}
+		time.Sleep(handoverPause) // what is being set up
+	}
+	if derr := heir.Done(); err == nil {
+		err = derr
+	}
+	if err != nil {
+		p.cfg.Log.Error("connections were not handed over: they drain", "error", err)
+	}
+	p.cfg.Log.Info("handed over", "tunnels", tunnels, "connections", conns, "left", len(p.flows.all()), "took", time.Since(start))
+}
+
+// tunnelled returns how many flows event loops carry, or will, but for those of
+// some pods.
+func (r *registry) tunnelled(without map[*pod]bool) int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	n := 0
+	for f := range r.open {
+		if f.plain == nil && !without[f.pod] {
+			n++
+		}
+	}
+	return n
+}
+
+// handOver gives the pod's tunnels to heir. declined says that it does not want
+// one of them, and an error that it takes no more.
+func (q *pod) handOver(heir Heir) (tunnels, conns int, declined bool, err error) {
+	movers := append(q.server.Movers(), q.proxy.pool.Movers(q.owner)...)
+	for i, m := range movers {
+		n, err := q.give(heir, m)
+		switch {
+		case err == nil:
+			tunnels, conns = tunnels+1, conns+n
+		case errors.Is(err, handover.ErrDeclined):
+			declined = true
+			q.proxy.cfg.Log.Warn("a tunnel stays here, and drains", "pod", q.info.Load().Name, "error", err)
+		case errors.Is(err, loop.ErrNotMovable): // it has just ended
+		default:
+			for _, rest := range movers[i:] {
+				rest.Keep()
+			}
+			return tunnels, conns, declined, err
+		}
+	}
+	return tunnels, conns, declined, nil
+}
+
+// give gives one tunnel to heir, with its connections.
+func (q *pod) give(heir Heir, m loop.Mover) (conns int, err error) {
+	frozen, err := m.Freeze()
+	if err != nil {
+		return 0, err
+	}
+	part := movedTunnel{pod: q.info.Load().UID, id: q.id, tunnel: frozen.State}
+	for _, o := range frozen.Owners {
+		part.flows = append(part.flows, o.(*flow).handed())
+	}
+	text := pack.Write(part.pack)
+	frozen.State.Wipe()
+	err = heir.Give(text, frozen.Files)
+	clear(text)
+	if err != nil {
+		frozen.Thaw()
+		return 0, err
+	}
+	frozen.Release()
+	return len(part.flows), nil
+}
+
+// Take prepares a tunnel of the proxy's predecessor. It implements
+// handover.Taker.
+func (p *Proxy) Take(version uint32, text []byte, files []int) (goOn, keep func(), err error) {
+	if version != PartVersion {
+		return nil, nil, fmt.Errorf("a part of version %d, want %d", version, PartVersion)
+	}
+	var part movedTunnel
+	err = pack.Read(text, part.pack)
+	defer part.tunnel.Wipe()
+	if err != nil {
+		return nil, nil, err
+	}
+	if len(part.flows) != len(part.tunnel.Conns) {
+		return nil, nil, fmt.Errorf("%d flows for %d connections", len(part.flows), len(part.tunnel.Conns))
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	q := p.pods[part.pod]
+	switch {
+	case p.stopped:
+		return nil, nil, errors.New("this ztunnel is stopping")
+	case q == nil:
+		return nil, nil, fmt.Errorf("pod %s is not served here", part.pod)
+	case q.id != part.id:
+		return nil, nil, fmt.Errorf("pod %s is %v here, and was %v", part.pod, q.id, part.id)
+	}
+	return q.take(&part, files)
+}
+
+// take prepares a tunnel that was another process's. proxy.mu is held.
+func (q *pod) take(part *movedTunnel, files []int) (goOn, keep func(), err error) {
+	server := !part.tunnel.Open.Client
+	flows := make([]*flow, len(part.flows))
+	places := make([]loop.Place, len(part.flows))
+	for i := range part.flows {
+		flows[i] = q.takeFlow(&part.flows[i], server)
+		places[i] = loop.Place{Conn: &flows[i].conn, Owner: flows[i]}
+	}
+	var a *loop.Arrival
+	if server {
+		a, err = q.server.Resume(part.tunnel, files, places)
+	} else if part.tunnel.Source != q.id {
+		err = fmt.Errorf("a tunnel of %v in a pod of %v", part.tunnel.Source, q.id)
+	} else {
+		a, err = q.proxy.pool.Resume(q.owner, part.tunnel, files, places)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, f := range flows {
+		f.prove(a.Peer())
+		f.reported.sent, f.reported.received = f.moved()
+		q.proxy.telemetry.resume(f)
+		q.proxy.flows.add(f)
+		q.open.Add(1)
+		if f.counted {
+			q.conns.Add(1)
+		}
+	}
+	q.conns.Add(1) // so that the pod is not closed before the tunnel is somebody's
+	goOn = func() {
+		defer q.conns.Done()
+		a.Go()
+		q.proxy.recheckFlows(flows)
+	}
+	keep = func() {
+		defer q.conns.Done()
+		a.Discard()
+	}
+	return goOn, keep, nil
+}
+
+// takeFlow returns a flow that was another process's. What the View does not
+// know any more is not known of it.
+func (q *pod) takeFlow(m *movedFlow, in bool) *flow {
+	v := q.proxy.cfg.View.Load()
+	f := &flow{
+		pod: q, source: v.ByUID(m.source), destination: v.ByUID(m.destination), service: v.ServiceByName(m.service),
+		start: m.start, src: endpointOf(m.src), dst: endpointOf(m.dst), target: endpointOf(m.target),
+		mutualTLS: m.mutualTLS, opened: m.opened, counted: !in,
+	}
+	if in {
+		f.direction = inbound
+	}
+	f.admitted.Store(m.admitted)
+	return f
+}
+
+// prove notes who the ends of a flow are: the pod, and the tunnel's peer.
+func (f *flow) prove(peer *mesh.Identity) {
+	if f.direction == inbound {
+		f.sourceID, f.destinationID = peer, &f.pod.id
+		return
+	}
+	f.sourceID = &f.pod.id
+	if f.opened {
+		f.destinationID = peer
+	}
+}
+
+// movedOn takes f out of the books of this process: another keeps them.
+func (q *pod) movedOn(f *flow) {
+	q.open.Add(-1)
+	q.proxy.flows.remove(f)
+	q.proxy.telemetry.progress(f)
+}

@@ -1,0 +1,263 @@
+package ztunnel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/weft-mesh/weft/internal/handover"
+)
+
+// A dynasty is a succession of proxies that serve one pod of a world, each joined
+// to the next by a real handover socket.
+type dynasty struct {
+	t      *testing.T
+	world  *world
+	pod    *testPod
+	node   *node
+	server *handover.Server
+	path   string
+	born   int
+}
+
+// begin makes the first proxy of a dynasty, which serves the pod of n as well.
+// What n accepted so far stays its own.
+func begin(t *testing.T, n *node, p *testPod) *dynasty {
+	l := &dynasty{t: t, world: n.world, pod: p, node: n, path: filepath.Join(t.TempDir(), "run", "handover.sock")}
+	next, server := l.proxy()
+	l.adopt(n, next)
+	l.node, l.server = next, server
+	return l
+}
+
+// proxy makes a proxy with a handover socket of its own.
+func (l *dynasty) proxy() (*node, *handover.Server) {
+	l.born++
+	path := fmt.Sprint(l.path, l.born)
+	s := handover.NewServer(handover.ServerConfig{Path: path, Parts: []uint32{PartVersion}, Log: slog.New(slog.DiscardHandler)})
+	background(l.t, s.Run)
+	n := l.world.node(func(c *Config) {
+		c.Heir = func() Heir {
+			if h, _ := s.Heir(); h != nil {
+				return h
+			}
+			return nil
+		}
+		c.DrainTimeout = 200 * time.Millisecond
+	})
+	n.enter = enterWith(l.pod)
+	return n, s
+}
+
+// adopt gives next the pods that n serves.
+func (l *dynasty) adopt(n, next *node) {
+	l.t.Helper()
+	for _, e := range n.Held() {
+		if err := next.Add(l.t.Context(), e.Pod, e.Files); err != nil {
+			l.t.Fatal(err)
+		}
+	}
+}
+
+// succeed replaces the proxy by a new one, which takes over, and returns how
+// many parts went. The old one has ended then.
+func (l *dynasty) succeed() int {
+	l.t.Helper()
+	next, server := l.proxy()
+	l.adopt(l.node, next)
+	if err := next.Warm(l.t.Context()); err != nil {
+		l.t.Fatal(err)
+	}
+	ready := make(chan struct{})
+	close(ready)
+	taken := make(chan int, 1)
+	go func() {
+		n, err := handover.Take(context.Background(), handover.ClientConfig{
+			Path: fmt.Sprint(l.path, l.born-1), Greeting: handover.Greeting{Instance: "next", Parts: []uint32{PartVersion}},
+			Taker: next.Proxy, Ready: ready, Log: slog.New(slog.DiscardHandler),
+		})
+		if err != nil {
+			l.t.Error(err)
+		}
+		taken <- n
+	}()
+	eventually(l.t, "a successor", func() bool { h, _ := l.server.Heir(); return h != nil })
+	l.node.stop()
+	l.node, l.server = next, server
+	return <-taken
+}
+
+// TestHandoverKeepsConnections replaces the proxies at both ends, one after the
+// other and many times, under connections that talk, that are idle and that are
+// half closed, while new ones come. Policies and the log go on.
+func TestHandoverKeepsConnections(t *testing.T) {
+	p := newPair(t, func(c *net.TCPConn) {
+		if err := roundTrip(c, "ready?"); err != nil {
+			return
+		}
+		echo(c)
+	})
+	p.setPolicies(allowOnly("a", "client"))
+	clients, servers := begin(t, p.clientNode, p.client), begin(t, p.serverNode, p.server)
+	p.clientNode.stop()
+	p.serverNode.stop()
+	open := func() *net.TCPConn {
+		c := p.client.dial(p.service)
+		if _, err := io.ReadFull(c, make([]byte, 6)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(c, "ready?"); err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	idle, half, doomed := open(), open(), open()
+	if _, err := io.WriteString(half, "question"); err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	stop := make(chan struct{})
+	for i := range 8 {
+		c := open()
+		wg.Go(func() {
+			for k := 0; ; k++ {
+				if err := roundTrip(c, strings.Repeat(fmt.Sprint("talk ", i, k), 1+i*500)); err != nil {
+					t.Errorf("connection %d, after %d: %v", i, k, err)
+					return
+				}
+				select {
+				case <-stop:
+					return
+				default:
+				}
+			}
+		})
+	}
+	wg.Go(func() { // new ones all the time
+		for i := 0; ; i++ {
+			if err := roundTrip(open(), "new"); err != nil {
+				t.Errorf("new connection %d: %v", i, err)
+				return
+			}
+			select {
+			case <-stop:
+				return
+			default:
+			}
+		}
+	})
+	parts := 0
+	for range 4 {
+		parts += clients.succeed()
+		parts += servers.succeed()
+	}
+	close(stop)
+	wg.Wait()
+	if parts < 8 {
+		t.Errorf("%d tunnels were handed over, want one each time at least", parts)
+	}
+	if err := roundTrip(idle, "still there"); err != nil {
+		t.Errorf("the idle connection: %v", err)
+	}
+	_ = half.CloseWrite()
+	if b, err := io.ReadAll(half); err != nil || string(b) != "question" {
+		t.Errorf("the half-closed connection: %q, %v", b, err)
+	}
+	// It ends where it is, with all its bytes.
+	idle.Close()
+	for _, l := range []*dynasty{clients, servers} {
+		l.node.logged("bytes_sent=17", "bytes_recv=17")
+	}
+	// What is decided anew is decided of these as well.
+	p.setPolicies(denyFrom("d", "client"))
+	closed(t, doomed, 2*time.Second)
+	servers.node.logged(`error="closed: no longer allowed: denied by policy shop/d"`)
+}
+
+// heirs is an Heir that does as it is told.
+type heirs struct {
+	give func(text []byte, files []int) error
+	text []byte
+}
+
+func (h *heirs) Give(text []byte, files []int) error {
+	h.text = append([]byte(nil), text...)
+	return h.give(text, files)
+}
+func (h *heirs) Done() error { return nil }
+
+// TestFailedHandoverDrains shows that connections which nobody takes go on
+// until they drain, as without a successor.
+func TestFailedHandoverDrains(t *testing.T) {
+	for name, err := range map[string]error{"declined": handover.ErrDeclined, "broken": errors.New("gone")} {
+		t.Run(name, func(t *testing.T) {
+			p := newPair(t, echo)
+			h := &heirs{give: func([]byte, []int) error { return err }}
+			p.clientNode.cfg.Heir = func() Heir { return h }
+			c := p.client.dial(p.service)
+			if err := roundTrip(c, "before"); err != nil {
+				t.Fatal(err)
+			}
+			done := make(chan struct{})
+			go func() { p.clientNode.stop(); close(done) }()
+			eventually(t, "the try", func() bool { return p.clientNode.stoppedNow() })
+			for range 20 {
+				if err := roundTrip(c, "goes on"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			c.Close()
+			<-done
+		})
+	}
+}
+
+func (p *Proxy) stoppedNow() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.stopped
+}
+
+// TestTakeRefuses gives a proxy parts that it must not take. Nothing of them is
+// left, and no file is closed.
+func TestTakeRefuses(t *testing.T) {
+	p := newPair(t, echo)
+	c := p.client.dial(p.service)
+	if err := roundTrip(c, "before"); err != nil {
+		t.Fatal(err)
+	}
+	h := &heirs{give: func([]byte, []int) error { return errors.New("gone") }}
+	q := p.clientNode.podAt(p.client.addr)
+	ms := p.clientNode.pool.Movers(q.owner)
+	if len(ms) != 1 {
+		t.Fatalf("%d tunnels", len(ms))
+	}
+	if _, err := q.give(h, ms[0]); err == nil {
+		t.Fatal("given")
+	}
+	for name, try := range map[string]func() error{
+		"version": func() error { _, _, err := p.clientNode.Take(PartVersion+1, h.text, nil); return err },
+		"empty":   func() error { _, _, err := p.clientNode.Take(PartVersion, nil, nil); return err },
+		"cut":     func() error { _, _, err := p.clientNode.Take(PartVersion, h.text[:len(h.text)-1], nil); return err },
+		"files":   func() error { _, _, err := p.clientNode.Take(PartVersion, h.text, nil); return err },
+		"pod":     func() error { _, _, err := p.serverNode.Take(PartVersion, h.text, nil); return err },
+	} {
+		if try() == nil {
+			t.Errorf("%s: taken", name)
+		}
+	}
+	if n := len(p.clientNode.flows.all()); n != 1 {
+		t.Errorf("%d flows are left", n)
+	}
+	if err := roundTrip(c, "after"); err != nil {
+		t.Error(err)
+	}
+}
