@@ -65,7 +65,7 @@ func run(m *testing.M) (code int) {
 	}
 	fmt.Printf("e2e: built Weft in %v\n", time.Since(start).Round(time.Second))
 	start = time.Now()
-	if out, err := world.a.Install(ctx, world.c); err != nil {
+	if out, err := world.a.Install(ctx, world.c, "--set", "node.startupTaint.enabled=true"); err != nil {
 		fmt.Fprintf(os.Stderr, "e2e: %v\n%s", err, out)
 		world.c.Dump(ctx, os.Stderr)
 		return 1
