@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -264,7 +265,7 @@ func (s *stage) compare(t *testing.T, b *board, k benchCase, rounds int) {
 
 // row notes a figure of Weft's alone.
 func (s *stage) row(b *board, what, unit string, v float64, target string) {
-	cells := []string{what + ", " + unit, ""}
+	cells := []string{strings.TrimSuffix(what+", "+unit, ", "), ""}
 	cells = append(cells, bench.Number(v))
 	for range len(s.all) - 2 {
 		cells = append(cells, "")
@@ -379,6 +380,17 @@ func (s *stage) resident(t *testing.T, ps ...*bench.Process) float64 {
 	return float64(last)
 }
 
+// live is what both ztunnels have in use.
+func (s *stage) live(t *testing.T) float64 {
+	t.Helper()
+	x, err := s.one.live()
+	y, err2 := s.two.live()
+	if err := errors.Join(err, err2); err != nil {
+		t.Fatal(err)
+	}
+	return x + y
+}
+
 // idle measures the memory of connections and tunnels that do nothing.
 func (s *stage) idle(t *testing.T, b *board) {
 	t.Helper()
@@ -399,11 +411,16 @@ func (s *stage) idle(t *testing.T, b *board) {
 		if c.name == "weft" {
 			n, key = idleConns, "tunnel.idle_conn_bytes"
 		}
-		before := s.resident(t, c.proxies...)
+		before, live := s.resident(t, c.proxies...), s.live(t)
 		if err := c.client.Open(c.echo, n, 1); err != nil {
 			t.Fatalf("idle connections through %s: %v", c.name, err)
 		}
 		v := (s.resident(t, c.proxies...) - before) / float64(len(c.proxies)*n)
+		if c.name == "weft" {
+			v := (s.live(t) - live) / float64(2*n)
+			b.figures["tunnel.idle_conn_live_bytes"] = v
+			s.row(b, "    of it in use, not garbage", "", v, "")
+		}
 		if err := c.client.CloseAll(); err != nil {
 			t.Fatal(err)
 		}

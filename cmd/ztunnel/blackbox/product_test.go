@@ -14,6 +14,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -206,19 +208,37 @@ func (p *product) enrol(t *testing.T, pod *testnet.Pod) {
 	}
 }
 
-// mallocs returns how many objects the process has allocated so far.
-func (p *product) mallocs() (float64, error) {
+// metric returns the sum of metrics without labels.
+func (p *product) metric(names ...string) (sum float64, err error) {
 	b, err := fetch("http://" + p.stats + "/metrics")
 	if err != nil {
 		return 0, err
 	}
+	found := 0
 	for line := range strings.SplitSeq(b, "\n") {
-		var n float64
-		if _, err := fmt.Sscanf(line, "go_memstats_mallocs_total %g", &n); err == nil {
-			return n, nil
+		name, value, _ := strings.Cut(line, " ")
+		if !slices.Contains(names, name) {
+			continue
 		}
+		v, err := strconv.ParseFloat(value, 64)
+		if err != nil {
+			return 0, fmt.Errorf("metric %s: %w", name, err)
+		}
+		sum += v
+		found++
 	}
-	return 0, errors.New("no go_memstats_mallocs_total among the metrics")
+	if found != len(names) {
+		return 0, fmt.Errorf("%d of the metrics %v are there", found, names)
+	}
+	return sum, nil
+}
+
+// mallocs returns how many objects the process has allocated so far.
+func (p *product) mallocs() (float64, error) { return p.metric("go_memstats_mallocs_total") }
+
+// live returns how many bytes are in use, once garbage was collected.
+func (p *product) live() (float64, error) {
+	return p.metric("go_memstats_heap_alloc_bytes", "go_memstats_stack_inuse_bytes")
 }
 
 // collect runs the garbage collector of the process.
