@@ -84,14 +84,18 @@ func workloadLabels(l []string, w *mesh.Workload, id mesh.Identity) {
 type counters struct {
 	labels                 labels
 	opened, sent, received prometheus.Counter
+	closed                 prometheus.Counter // of those that end in order
+	open                   prometheus.Gauge
 }
 
 // telemetry counts connections.
 type telemetry struct {
-	opened, closed, sent, received *prometheus.CounterVec
-	pods                           prometheus.Gauge
-	log                            *accessLog
-	names                          *names
+	opened, closed, failed, sent, received *prometheus.CounterVec
+
+	open  *prometheus.GaugeVec
+	pods  podCount
+	log   *accessLog
+	names *names
 
 	mu    sync.Mutex
 	cache map[labels]*counters
@@ -104,18 +108,20 @@ func newTelemetry(reg prometheus.Registerer, log *accessLog) *telemetry {
 	t := &telemetry{
 		opened: vec("istio_tcp_connections_opened_total", "The number of TCP connections opened."),
 		closed: vec("istio_tcp_connections_closed_total", "The number of TCP connections closed."),
+		failed: vec("istio_tcp_connections_failed_total", "The number of TCP connections that were refused, or could not be carried on."),
+		open: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "istio_tcp_sockets_open", Help: "The number of TCP connections that are open.",
+		}, labelNames()),
 		// Both reporters count as the server sees it, as dashboards expect.
 		sent:     vec("istio_tcp_sent_bytes_total", "The number of bytes that servers sent to clients."),
 		received: vec("istio_tcp_received_bytes_total", "The number of bytes that servers received from clients."),
-		pods: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "workload_manager_active_proxy_count", Help: "The number of pods that this proxy serves.",
-		}),
-		log:   log,
-		names: newNames(reg),
-		cache: make(map[labels]*counters),
+		pods:     newPodCount(),
+		log:      log,
+		names:    newNames(reg),
+		cache:    make(map[labels]*counters),
 	}
 	if reg != nil {
-		reg.MustRegister(t.opened, t.closed, t.sent, t.received, t.pods)
+		reg.MustRegister(t.opened, t.closed, t.failed, t.sent, t.received, t.open, t.pods.serving, t.pods.started, t.pods.stopped)
 	}
 	return t
 }
@@ -137,11 +143,14 @@ func (t *telemetry) resume(f *flow) {
 			opened:   t.opened.WithLabelValues(l[:]...),
 			sent:     t.sent.WithLabelValues(l[:]...),
 			received: t.received.WithLabelValues(l[:]...),
+			closed:   t.closed.WithLabelValues(l[:]...), // l has no flag
+			open:     t.open.WithLabelValues(l[:]...),
 		}
 		t.cache[l] = c
 	}
 	t.mu.Unlock()
 	f.counters = c
+	c.open.Inc()
 }
 
 // progress counts the bytes of f since the last call.
@@ -156,10 +165,46 @@ func (t *telemetry) progress(f *flow) {
 
 // end counts f as closed and logs it.
 func (t *telemetry) end(f *flow, err error) {
-	l := f.counters.labels // as it was opened
-	l[flagLabel] = flagOf(err)
-	t.closed.WithLabelValues(l[:]...).Inc()
+	f.counters.open.Dec()
+	if flag := flagOf(err); flag == flagNone {
+		f.counters.closed.Inc()
+	} else {
+		l := f.counters.labels // as it was opened
+		l[flagLabel] = flag
+		t.closed.WithLabelValues(l[:]...).Inc()
+		t.failed.WithLabelValues(l[:]...).Inc()
+	}
 	t.log.write(f, err)
+}
+
+// podCount counts the pods that are served.
+type podCount struct {
+	serving          prometheus.Gauge
+	started, stopped prometheus.Counter
+	last             *float64 // one caller of Set at a time
+}
+
+func newPodCount() podCount {
+	return podCount{
+		serving: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "workload_manager_active_proxy_count", Help: "The number of pods that this proxy serves.",
+		}),
+		started: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "workload_manager_proxies_started_total", Help: "The number of pods that this proxy has begun to serve.",
+		}),
+		stopped: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "workload_manager_proxies_stopped_total", Help: "The number of pods that this proxy has ceased to serve.",
+		}),
+		last: new(float64),
+	}
+}
+
+// Set notes how many pods are served now. It is called at every change.
+func (c podCount) Set(n float64) {
+	c.serving.Set(n)
+	c.started.Add(max(n-*c.last, 0))
+	c.stopped.Add(max(*c.last-n, 0))
+	*c.last = n
 }
 
 // A flowError says at which step a connection failed.
