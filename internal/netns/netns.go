@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"sync"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -18,6 +19,12 @@ import (
 // for Close.
 type NS struct {
 	file *os.File
+
+	// home is the namespace of the process, to which threads come back. It is
+	// opened by the first Do, on a thread that is there.
+	once  sync.Once
+	home  *os.File
+	noWay error
 }
 
 // An ID tells namespaces apart: the device and inode number of the namespace
@@ -61,7 +68,13 @@ func newNS(f *os.File) (*NS, error) {
 }
 
 // Close lets go of the namespace.
-func (n *NS) Close() error { return n.file.Close() }
+func (n *NS) Close() error {
+	err := n.file.Close()
+	if n.home != nil {
+		err = errors.Join(err, n.home.Close())
+	}
+	return err
+}
 
 // Fd returns the descriptor. It is n's, and valid until Close.
 func (n *NS) Fd() int { return int(n.file.Fd()) }
@@ -96,20 +109,19 @@ func (n *NS) Do(f func() error) error {
 		// the thread is home or about to end.
 		defer func() { done <- err }()
 		runtime.LockOSThread() // a goroutine that ends locked takes its thread with it
-		home, e := os.Open("/proc/thread-self/ns/net")
-		if e != nil {
+		n.once.Do(func() { n.home, n.noWay = os.Open("/proc/thread-self/ns/net") })
+		if n.noWay != nil {
 			runtime.UnlockOSThread()
-			err = fmt.Errorf("remember the network namespace: %w", e)
+			err = fmt.Errorf("remember the network namespace: %w", n.noWay)
 			return
 		}
-		defer home.Close()
 		if e := unix.Setns(n.Fd(), unix.CLONE_NEWNET); e != nil {
 			runtime.UnlockOSThread()
 			err = fmt.Errorf("enter network namespace: %w", e)
 			return
 		}
 		defer func() {
-			if unix.Setns(int(home.Fd()), unix.CLONE_NEWNET) == nil {
+			if unix.Setns(int(n.home.Fd()), unix.CLONE_NEWNET) == nil {
 				runtime.UnlockOSThread()
 			}
 		}()

@@ -46,6 +46,8 @@ func (p *Pod) Captured() (bool, error) {
 // without a gap. After an error the pod counts as not captured; what holds of
 // the capture by then keeps more out, not less. Call Attach again, or Detach.
 func (p *Pod) Attach(ctx context.Context, m Mode) error {
+	p.c.enrolling.RLock()
+	defer p.c.enrolling.RUnlock()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.ns == nil {
@@ -75,6 +77,8 @@ func (p *Pod) fasten() {
 }
 
 func (p *Pod) fastenOne(h hook) error {
+	p.c.enrolling.Lock()
+	defer p.c.enrolling.Unlock()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.ns == nil || p.closing.Load() || !exists(filepath.Join(p.dir, pinCaptured)) {

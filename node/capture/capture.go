@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -54,6 +55,10 @@ type Capture struct {
 	noFilters bool
 	lookup    *ebpf.CollectionSpec // read-only; copied for each pod
 	maps      map[string]*ebpf.Map // by name in the programs
+	// enrolling is read-locked while a pod joins or leaves. Links are attached
+	// between: the kernel's lock of the network's configuration (rtnl) is held
+	// for a grace period by each, and a pod that joins needs it a dozen times.
+	enrolling sync.RWMutex
 	// walkers are the socket iterators. They are nil where the kernel cannot
 	// load them, or Config forbids it, and noWalkers is why.
 	walkers   *ebpf.Collection

@@ -17,6 +17,8 @@ import (
 //
 // After an error the pod may be captured in part. Call Detach again.
 func (p *Pod) Detach(ctx context.Context) error {
+	p.c.enrolling.RLock()
+	defer p.c.enrolling.RUnlock()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.ns == nil {

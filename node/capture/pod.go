@@ -62,6 +62,8 @@ func (c *Capture) Prepare(ctx context.Context, t Target, held *Listeners) (*Pod,
 	if err := checkUID(t.UID); err != nil {
 		return nil, fmt.Errorf("prepare capture: %w", err)
 	}
+	c.enrolling.RLock()
+	defer c.enrolling.RUnlock()
 	p := &Pod{c: c, uid: t.UID, dir: filepath.Join(c.podsDir(), t.UID), programs: map[string]*ebpf.Program{}, links: map[string]link.Link{}}
 	if err := p.prepare(ctx, t, held); err != nil {
 		p.Close()
