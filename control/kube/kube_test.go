@@ -59,6 +59,32 @@ func TestWatcher(t *testing.T) {
 		}
 		s.wait(t, "hbone", func(s *sink) bool { return s.workloads["Kubernetes//Pod/shop/cart"].Transport == mesh.HBONE })
 	})
+	t.Run("a namespace lets its pods stay on a node", func(t *testing.T) {
+		ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop", Labels: map[string]string{"ambient.weft.dev/same-node": "direct"}}}
+		if _, err := client.CoreV1().Namespaces().Create(t.Context(), ns, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		s.wait(t, "direct", func(s *sink) bool { return s.workloads["Kubernetes//Pod/shop/cart"].Direct })
+		ns = ns.DeepCopy()
+		ns.Labels, ns.ResourceVersion = nil, "2"
+		if _, err := client.CoreV1().Namespaces().Update(t.Context(), ns, metav1.UpdateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		s.wait(t, "not direct any more", func(s *sink) bool { return !s.workloads["Kubernetes//Pod/shop/cart"].Direct })
+	})
+	t.Run("a load balancer gives a service an address", func(t *testing.T) {
+		balanced := service.DeepCopy()
+		balanced.Spec.Type, balanced.ResourceVersion = corev1.ServiceTypeLoadBalancer, "2"
+		for _, ips := range [][]corev1.LoadBalancerIngress{{{IP: "198.51.100.1"}}, nil} {
+			balanced = balanced.DeepCopy()
+			balanced.Status.LoadBalancer.Ingress = ips
+			balanced.ResourceVersion += "0"
+			if _, err := client.CoreV1().Services("shop").Update(t.Context(), balanced, metav1.UpdateOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			s.wait(t, "its address", func(s *sink) bool { return len(s.services) == 1 && len(s.services[0].ExternalAddresses) == len(ips) })
+		}
+	})
 	t.Run("a policy arrives before the pods that list it", func(t *testing.T) {
 		n := len(s.since(0))
 		p := policy(t, "AuthorizationPolicy", "shop", "only", "{selector: {matchLabels: {app: cart}}}")

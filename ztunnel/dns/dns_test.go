@@ -1,6 +1,7 @@
 package dns
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"net/netip"
@@ -217,8 +218,14 @@ func TestDecide(t *testing.T) {
 
 func TestNothingIsKnownBeforeTheFirstSync(t *testing.T) {
 	m := ask{name: "cart.shop.svc.cluster.local.", kind: dnsmessage.TypeA}.message(t)
-	if d := Decide(&view.View{}, Client{}, Packet{Message: m}, 0); d.Verdict != Forward {
-		t.Errorf("verdict %d, want it forwarded", d.Verdict)
+	var ss []mesh.Service
+	for s := range town().Services() {
+		ss = append(ss, *s)
+	}
+	for name, v := range map[string]*view.View{"zero": {}, "not complete": view.New("", nil, ss, nil)} {
+		if d := Decide(v, Client{}, Packet{Message: m}, 0); d.Verdict != Forward {
+			t.Errorf("%s: verdict %d, want it forwarded", name, d.Verdict)
+		}
 	}
 }
 
@@ -289,6 +296,7 @@ func TestMessagesThatAreNoQueries(t *testing.T) {
 		{"two OPT records", edit(func(m []byte) []byte { m[11] = 2; return append(m, m[question:]...) }), Reply},
 		{"a name that points to itself", edit(func(m []byte) []byte { m[12], m[13] = 0xc0, 12; return m }), Reply},
 		{"a name of 256 bytes", slices.Concat(good[:12], []byte(strings.Repeat("\x3f"+strings.Repeat("a", 63), 4)), []byte("\x00\x00\x01\x00\x01")), Reply},
+		{"a label of 64 bytes", slices.Concat(good[:12], []byte{64}, bytes.Repeat([]byte{'a'}, 64), []byte("\x00\x00\x01\x00\x01")), Reply},
 		{"a label that holds a dot", edit(func(m []byte) []byte { m[14] = '.'; return m }), Forward},
 		{"a signature", edit(func(m []byte) []byte { m[question+2] = 250; return m }), Forward},
 		{"1000 additional records", edit(func(m []byte) []byte { m[10] = 4; return m }), Forward},
