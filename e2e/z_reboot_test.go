@@ -64,16 +64,17 @@ func (s *syns) lastTunnel(client netip.Addr) time.Time {
 	return s.tunnels[client]
 }
 
-// After each of a hundred reboots a labelled pod asks for a connection in its
-// first millisecond, and never does so outside the mesh.
+// After each of a hundred reboots a labelled pod asks for a connection as soon
+// as it runs, and never does so outside the mesh.
 //
 // Four are whole ones: all of a node's processes, namespaces, mounts, rules and
 // eBPF end at once, and the node starts again from its disk. For the others the
-// kubelet, the container runtime and the pod that is asked go on; what decides
-// who is first is as after a boot: the agent, ztunnel and the labelled pods are
-// killed with their sandboxes, everything that Weft has pinned and all of its
-// files below /run are gone, and the kubelet makes all those pods again at the
-// same time, in an order of its own. The nodes do that side by side.
+// kubelet, the container runtime, the sandbox of Weft's own pod and the pod that
+// is asked go on; what decides who is first is as after a boot: the agent, every
+// ztunnel, and the labelled pod with its sandbox are killed at once, all that
+// Weft has pinned and all of its files below /run are gone, and the kubelet
+// starts everything again at the same time, in an order of its own. The nodes do
+// that side by side.
 func TestNodeReboots(t *testing.T) {
 	const ns = "boots"
 	servers := map[string]string{"node1": "far", "node2": "near"} // of the other node
@@ -92,10 +93,8 @@ func TestNodeReboots(t *testing.T) {
 			}
 		})
 		watches[node] = s
-		for i := range 2 {
-			y += podYAML(ns, fmt.Sprintf("early-%s-%d", node, i), node,
-				fmt.Sprintf(`args: [client, -listen, "", -quiet, -rate, "20", -timeout, 2s, -url, "http://%v/"]`, netip.AddrPortFrom(v4, 80)))
-		}
+		y += podYAML(ns, "early-"+node, node,
+			fmt.Sprintf(`args: [client, -listen, "", -quiet, -rate, "20", -timeout, 2s, -url, "http://%v/"]`, netip.AddrPortFrom(v4, 80)))
 	}
 	// The watch sees what it is there to see.
 	for node, pod := range map[string]string{"node1": "client", "node2": "far"} {
@@ -157,28 +156,25 @@ func TestNodeReboots(t *testing.T) {
 	score.Record(t, score.Row{Name: "reboot.uncaptured_syn", Attempted: score.N(boots), Blocked: score.N(good), RecoveredMS: score.N(int(slowest.Milliseconds()))})
 }
 
-// crash ends the agent, ztunnel and the pods of a namespace on a node with
-// their sandboxes, and removes all that Weft keeps in memory there.
+// crash kills the agent, every ztunnel, and the pods of a namespace on a node
+// with their sandboxes, and removes all that Weft keeps in memory there.
 func crash(t *testing.T, ns, node string) {
 	t.Helper()
-	pods, err := world.kube.CoreV1().Pods("").List(t.Context(), metav1.ListOptions{FieldSelector: "spec.nodeName=" + node})
-	if err != nil {
-		t.Fatal(err)
-	}
 	var uids []string
-	for _, p := range pods.Items {
-		if p.Namespace == ns || p.Labels["app"] == "ztunnel" {
-			uids = append(uids, "pod"+string(p.UID))
-		}
+	for _, p := range podsOn(t, ns, node) {
+		uids = append(uids, "pod"+string(p.UID))
 	}
 	const script = `pids=$(grep -lE "$0" /proc/[0-9]*/cgroup 2>/dev/null | cut -d/ -f3)
+for d in /proc/[0-9]*; do
+	read -r comm <"$d/comm" && case "$comm" in weft-node|ztunnel|ztunnel-standby) pids="$pids ${d#/proc/}";; esac
+done 2>/dev/null
 kill -9 $pids 2>/dev/null
 find /sys/fs/bpf/weft -depth -mindepth 1 -delete
 rm -rf /run/weft/*
 echo $pids`
 	out, err := world.c.NodeCommand(t.Context(), node, "sh", "-c", script, strings.Join(uids, "|")).CombinedOutput()
-	if err != nil || len(strings.Fields(string(out))) < len(uids) {
-		t.Fatalf("crash %s: %v: %s", node, err, out)
+	if err != nil || len(strings.Fields(string(out))) < len(uids)+2 {
+		t.Fatalf("crash %s: %v: killed %s", node, err, out)
 	}
 }
 
