@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -359,7 +358,7 @@ func (a *Agent) begin(ctx context.Context) error {
 		case <-time.After(mendInterval):
 		}
 	}
-	<-ctx.Done()
+	tidyMemory(ctx)
 	return nil
 }
 
@@ -395,7 +394,6 @@ func (a *Agent) work(ctx context.Context) bool {
 	a.keeper.enable(c)
 	a.handOver()
 	a.enter("")
-	debug.FreeOSMemory() // the first lists and the programs' text are much more than what stays
 	a.log.Info("the node agent works", "node", a.cfg.Node, "version", a.cfg.Version)
 	return true
 }
