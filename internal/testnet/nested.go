@@ -24,10 +24,14 @@ const (
 // Nest makes a namespace inside the pod, as a process of the pod with
 // CAP_NET_ADMIN and CAP_SYS_ADMIN can, with routes to everywhere by the pod's
 // wire. On a macvlan or moved interface it takes the pod's addresses as its
-// own; the pod must be Routed.
-func (p *Pod) Nest(name string, how Nesting) *Host {
+// own; the pod must be Routed. Each of prepare is called before the namespace
+// is attached.
+func (p *Pod) Nest(name string, how Nesting, prepare ...func(h *Host)) *Host {
 	p.t.Helper()
 	h := newHost(p.t, name)
+	for _, f := range prepare {
+		f(h)
+	}
 	if how == NestedVeth {
 		p.nestBehind(h)
 		return h

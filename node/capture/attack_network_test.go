@@ -90,6 +90,37 @@ func TestPodsOwnNetworkIsNoWayAround(t *testing.T) {
 	}
 }
 
+// TestFiltersDeletedWithoutLinks: where the kernel has no tcx links, the pod can
+// take off the programs inside it. The host's end is not the pod's.
+func TestFiltersDeletedWithoutLinks(t *testing.T) {
+	s := newStage(t, testnet.Routed)
+	startApp(t, s.outside, ":8080")
+	s.cfg.Disable = []string{FeatureTCX}
+	s.capture = s.agent()
+	p, _ := s.captured(Mode{New: true})
+	score := newCard(t)
+	a := newArena(t, s)
+	ways := []send{bySocket(0, marked(MarkProxy)), bySocket(0, bound("eth0")), rawSocket, bySocket(0, fastOpen)}
+	s.pod.Sysctl("net/ipv4/tcp_fastopen", "5")
+	for _, guarded := range []bool{true, false} {
+		if guarded {
+			s.pod.Run("tc", "qdisc", "del", "dev", "eth0", "clsact")
+		} else {
+			only(t, p, "")
+		}
+		for _, way := range ways {
+			for _, dst := range []netip.Addr{s.outside.V4, s.outside.V6} {
+				arrived := a.arrives(t, s.pod.Host, s.pod.NS, dst, way)
+				if guarded {
+					score.attack("attack.filters_deleted", !arrived)
+				} else if !arrived {
+					t.Errorf("does not work to %v without the guards either", dst)
+				}
+			}
+		}
+	}
+}
+
 // TestNestedNamespaceIsNoWayAround: a container engine inside a pod, or an
 // attacker, makes namespaces behind the pod's. Nothing that is forwarded for
 // them leaves.
