@@ -265,6 +265,8 @@ const echoPort, sinkPort = 7001, 7002
 // A street is two nodes with a captured pod and a bare one each, and
 // applications in the pods of the second.
 type street struct {
+	world                  *testnet.World
+	nodeOne, nodeTwo       *testnet.Node
 	ca                     *testca.CA
 	one, two               *product
 	client, server         *testnet.Pod
@@ -277,6 +279,7 @@ func newStreet(t *testing.T) *street {
 	w := testnet.New(t)
 	one, two := w.Node("one"), w.Node("two")
 	s := &street{
+		world: w, nodeOne: one, nodeTwo: two,
 		ca:     testca.New(t, trustDomain),
 		client: one.PodWithoutIPv6("client", testnet.Routed), server: two.PodWithoutIPv6("server", testnet.Routed),
 		bareClient: one.PodWithoutIPv6("bare-client", testnet.Routed), bareServer: two.PodWithoutIPv6("bare-server", testnet.Routed),
