@@ -51,7 +51,7 @@ enum verdict {
 // is asked, never a mark: any process with CAP_NET_RAW can set a mark. Only a
 // connection or an attempt counts: a listener sends nothing, a handshake with
 // it no more than SYN-ACKs, but a raw frame can have their addresses.
-static __always_inline int judge_outbound(__u32 id, const struct packet *p, struct bpf_sock *sk)
+static __always_inline int judge_outbound(const struct packet *p, struct bpf_sock *sk)
 {
 	struct bpf_sock *full = 0;
 	struct flow f = {};
@@ -75,11 +75,7 @@ static __always_inline int judge_outbound(__u32 id, const struct packet *p, stru
 				return GUARD_PASS;
 		}
 	}
-	if (p->syn)
-		return GUARD_SYN; /* probes are begun by the host, never by the pod */
-	if (!is_probe(id, &f))
-		return GUARD_DATA;
-	return GUARD_PASS;
+	return p->syn ? GUARD_SYN : GUARD_DATA;
 }
 
 // harmless: neither begins a connection nor carries data. ACK, FIN and reset
@@ -117,6 +113,26 @@ static __always_inline int hold_wire(struct __sk_buff *skb, __u32 id)
 	return TC_ACT_SHOT;
 }
 
+// answers_probe: is the data for a connection that the host began? What says so
+// in the pod is not beyond doubt; guard_host asks again.
+static __always_inline int answers_probe(struct __sk_buff *skb, __u32 id, const struct pod *pod, const struct packet *p)
+{
+	struct bpf_sock_tuple t = p->tuple;
+	struct flow f = {};
+	struct bpf_sock *sk;
+	int yes = 0;
+
+	flow_from_pod(p, &f);
+	if (is_probe(id, &f))
+		return 1;
+	sk = bpf_skc_lookup_tcp(skb, &t, tuple_len(p), pod->host_nsid, 0);
+	if (sk) {
+		yes = sk->state != BPF_TCP_LISTEN && sk->state != BPF_TCP_NEW_SYN_RECV;
+		bpf_sk_release(sk);
+	}
+	return yes;
+}
+
 // guard_pod stands at the pod's end of the wire, outwards. It also takes off
 // the mark, which some devices carry across namespaces.
 SEC("tc")
@@ -145,17 +161,38 @@ int guard_pod(struct __sk_buff *skb)
 		return TC_ACT_SHOT;
 	}
 	if (!harmless(&p)) {
-		switch (judge_outbound(id, &p, skb->sk)) {
+		switch (judge_outbound(&p, skb->sk)) {
 		case GUARD_SYN:
 			count(id, POD_GUARD_SYN_DROP);
 			return TC_ACT_SHOT;
 		case GUARD_DATA:
+			if (answers_probe(skb, id, pod, &p))
+				break;
 			count(id, POD_GUARD_DATA_DROP);
 			return TC_ACT_SHOT;
 		}
 	}
 	skb->mark = 0;
 	return TC_ACT_UNSPEC;
+}
+
+// host_waits: is the data from the pod, and for a connection of the host's own
+// namespace, the one in which this runs? The pod has not begun it, for its SYNs
+// do not pass; so the host has.
+static __always_inline int host_waits(struct __sk_buff *skb, const struct pod *pod, const struct packet *p)
+{
+	struct bpf_sock_tuple t = p->tuple;
+	struct bpf_sock *sk;
+	int yes = 0;
+
+	if (!is_from_pod(pod, p))
+		return 0;
+	sk = bpf_skc_lookup_tcp(skb, &t, tuple_len(p), BPF_F_CURRENT_NETNS, 0);
+	if (sk) {
+		yes = sk->state != BPF_TCP_LISTEN && sk->state != BPF_TCP_NEW_SYN_RECV;
+		bpf_sk_release(sk);
+	}
+	return yes;
 }
 
 // guard_host is the same guard at the host's end of the wire, where nothing in
@@ -192,16 +229,18 @@ int guard_host(struct __sk_buff *skb)
 		mirror(&p, &sender);
 		sk = bpf_skc_lookup_tcp(skb, &sender, tuple_len(&p), pod->nsid, 0);
 		if (sk) {
-			verdict = judge_outbound(id, &p, sk);
+			verdict = judge_outbound(&p, sk);
 			bpf_sk_release(sk);
 		} else {
-			verdict = judge_outbound(id, &p, 0);
+			verdict = judge_outbound(&p, 0);
 		}
 		switch (verdict) {
 		case GUARD_SYN:
 			count(id, HOST_GUARD_SYN_DROP);
 			return TC_ACT_SHOT;
 		case GUARD_DATA:
+			if (host_waits(skb, pod, &p))
+				break;
 			count(id, HOST_GUARD_DATA_DROP);
 			return TC_ACT_SHOT;
 		}

@@ -117,17 +117,20 @@
 // another flow than its exemption says, and a SYN only if it was connecting
 // when capture began.
 //
-// An entry of probes cannot be forged by a pod. It is written only by inbound,
-// on a SYN that arrives, if the host's namespace has a socket in state SYN_SENT
-// with exactly the addresses and ports of that SYN. A pod that sends such a SYN
-// to another, with the node's address as its source, owns no such socket; nor
-// does a SYN that the node forwards or masquerades. The key holds both addresses,
-// both ports and the pod, so an entry serves one flow of one pod, and never a SYN
-// from the pod. A pod that can make packets arrive on its own eth0 gets no more
-// than what the host's own SYN gives it. A stale entry is removed by the next SYN
-// with the same tuple; until then it lets the pod send data, not connections, to
-// a port of the node that nobody listens on. When the entry is evicted, a
-// connection in use goes on by its socket's exemption.
+// Data of the pod may pass without the proxy to a connection that the host has
+// begun: a probe. guard_host believes nothing that is said in the pod about
+// that. It lets pass what comes from an address of the pod and finds, in the
+// host's own namespace, a socket that waits for it and does not listen. The pod
+// has not begun that connection: its SYNs do not pass.
+//
+// Inbound, a SYN is a probe if the host's namespace has a socket in state
+// SYN_SENT with exactly its addresses and ports. A pod that sends such a SYN to
+// another, with the node's address as its source, owns no such socket; nor does
+// a SYN that the node forwards or masquerades. Root in the pod can move eth0 into
+// a namespace of its own, where the number of the host's namespace means a third:
+// so a probe must find the proxy's listener, blessed, in the namespace in which it
+// arrives. The map of probes spares the packets that follow this search. Its key
+// holds both addresses, both ports and the pod.
 //
 // Inbound, a packet that is no SYN reaches only sockets that are blessed or
 // kept, for that flow. One that finds no socket, or a handshake that is not the

@@ -47,17 +47,6 @@ static __always_inline int may_receive(struct bpf_sock *sk, const struct flow *f
 	return k && same_flow(&k->flow, f);
 }
 
-/* keep_probe remembers on the app's socket that the host is at the other end,
- * so that a long connection does not depend on its entry in an LRU map. */
-static __always_inline void keep_probe(struct bpf_sock *sk, const struct flow *f)
-{
-	struct exemption k = { .flow = *f };
-	struct bpf_sock *full = bpf_sk_fullsock(sk);
-
-	if (full)
-		bpf_sk_storage_get(&kept, full, &k, BPF_SK_STORAGE_GET_F_CREATE);
-}
-
 /* The mark makes the app's socket answer by the way the probe came
  * (net.ipv4.tcp_fwmark_accept). On every packet, because with SYN cookies the
  * one that makes the socket is not the SYN. */
@@ -67,39 +56,88 @@ static __always_inline int pass_probe(struct __sk_buff *skb)
 	return TC_ACT_UNSPEC;
 }
 
-/* host_begins: is the SYN one that the host itself sends? Then the host's
- * namespace has a connecting socket with exactly its addresses and ports. A
- * forwarded or masqueraded SYN may have the node's address, but no such socket.
- */
-static __always_inline int host_begins(struct __sk_buff *skb, const struct pod *pod, const struct packet *p)
+/* host_socket is the state of the socket of the host, as inbound finds it, that
+ * sent the packet; 0 if there is none. A forwarded or masqueraded packet may
+ * have the node's address, but no such socket. */
+static __always_inline __u32 host_socket(struct __sk_buff *skb, const struct pod *pod, const struct packet *p)
 {
 	struct bpf_sock_tuple sender = {};
 	struct bpf_sock *sk;
-	int yes = 0;
+	__u32 state = 0;
 
 	mirror(p, &sender);
 	sk = bpf_skc_lookup_tcp(skb, &sender, tuple_len(p), pod->host_nsid, 0);
 	if (sk) {
-		yes = sk->state == BPF_TCP_SYN_SENT;
+		state = sk->state;
 		bpf_sk_release(sk);
 	}
+	return state;
+}
+
+/* at_home: is this the pod's own namespace? Root in the pod can move eth0 into
+ * another, in which the number of the host's namespace is that of a third. Only
+ * the pod's own has the proxy's listener, and only the proxy's is blessed. When
+ * there is no listener at all, nobody can tell, and probes must pass. */
+static __always_inline int at_home(struct __sk_buff *skb, __u32 id, const struct packet *p)
+{
+	struct listener at = { .pod = id, .role = ROLE_IN4 + p->v6 };
+	struct bpf_sock_tuple t = p->tuple;
+	struct bpf_sock *sk, *full;
+	int yes = 0;
+
+	sk = bpf_map_lookup_elem(&listeners, &at);
+	if (!sk)
+		return 1;
+	bpf_sk_release(sk);
+	if (p->v6)
+		t.ipv6.dport = bpf_htons(PLAIN_PORT);
+	else
+		t.ipv4.dport = bpf_htons(PLAIN_PORT);
+	sk = bpf_skc_lookup_tcp(skb, &t, tuple_len(p), BPF_F_CURRENT_NETNS, 0);
+	if (!sk)
+		return 0;
+	full = bpf_sk_fullsock(sk);
+	if (full)
+		yes = !!bpf_sk_storage_get(&blessed, full, 0, 0);
+	bpf_sk_release(sk);
 	return yes;
 }
 
-/* note_probe remembers the flows that the host begins, and forgets one whose
- * tuple has changed hands. */
-static __always_inline int note_probe(struct __sk_buff *skb, __u32 id, const struct pod *pod, const struct packet *p, const struct flow *f)
+/* begins_probe: is the SYN one that the host itself sends? It remembers the
+ * flow, and forgets one whose tuple has changed hands. */
+static __always_inline int begins_probe(struct __sk_buff *skb, __u32 id, const struct pod *pod, const struct packet *p, const struct flow *f)
 {
 	struct probe k = { .flow = *f, .pod = id };
 	__u32 one = 1;
 
-	if (host_begins(skb, pod, p)) {
+	if (host_socket(skb, pod, p) == BPF_TCP_SYN_SENT && at_home(skb, id, p)) {
 		bpf_map_update_elem(&probes, &k, &one, BPF_ANY);
 		return 1;
 	}
 	if (is_probe(id, f))
 		bpf_map_delete_elem(&probes, &k);
 	return 0;
+}
+
+/* goes_on_probe: is the packet, which is no SYN, of a connection that the host
+ * began? Its entry may have been evicted. */
+static __always_inline int goes_on_probe(struct __sk_buff *skb, __u32 id, const struct pod *pod, const struct packet *p, const struct flow *f)
+{
+	struct probe k = { .flow = *f, .pod = id };
+	__u32 one = 1;
+
+	if (is_probe(id, f))
+		return 1;
+	switch (host_socket(skb, pod, p)) {
+	case 0:
+	case BPF_TCP_LISTEN:
+	case BPF_TCP_NEW_SYN_RECV:
+		return 0;
+	}
+	if (!at_home(skb, id, p))
+		return 0;
+	bpf_map_update_elem(&probes, &k, &one, BPF_ANY);
+	return 1;
 }
 
 /* judge_inbound decides about one packet. It is strict but while the capture
@@ -126,7 +164,7 @@ static __always_inline int judge_inbound(struct __sk_buff *skb, __u32 id, const 
 	}
 	flow_to_pod(&p, &f);
 	if (p.syn) {
-		if (note_probe(skb, id, pod, &p, &f)) {
+		if (begins_probe(skb, id, pod, &p, &f)) {
 			count(id, PROBE_IN);
 			return pass_probe(skb);
 		}
@@ -143,9 +181,7 @@ static __always_inline int judge_inbound(struct __sk_buff *skb, __u32 id, const 
 		listening = sk->state == BPF_TCP_LISTEN;
 		half_open = sk->state == BPF_TCP_NEW_SYN_RECV;
 		ok = !listening && may_receive(sk, &f);
-		if (!ok && is_probe(id, &f)) {
-			if (!listening)
-				keep_probe(sk, &f);
+		if (!ok && goes_on_probe(skb, id, pod, &p, &f)) {
 			bpf_sk_release(sk);
 			return pass_probe(skb);
 		}
@@ -160,7 +196,7 @@ static __always_inline int judge_inbound(struct __sk_buff *skb, __u32 id, const 
 			count(id, IN_UNKNOWN_SOCKET_DROP);
 			return TC_ACT_SHOT;
 		}
-	} else if (is_probe(id, &f)) {
+	} else if (goes_on_probe(skb, id, pod, &p, &f)) {
 		return pass_probe(skb);
 	}
 	if (p.fragment) {

@@ -167,8 +167,7 @@ struct {
 	__type(value, __u32);
 } blessed SEC(".maps");
 
-/* Sockets of the app that were connected before capture began, and those that
- * the host itself connected to. Not inherited. */
+/* Sockets of the app that were connected before capture began. Not inherited. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -188,6 +187,7 @@ struct {
 #define MARK_PROXY 0x539 /* traffic of the proxy: routed as if there were no capture */
 #define MARK_LOCAL 0x53a /* traffic that stays in the namespace, captured or not */
 #define HBONE_PORT 15008
+#define PLAIN_PORT 15006
 #define DNS_PORT 53
 
 static __always_inline void count(__u32 id, enum counter which)

@@ -261,6 +261,13 @@ static __always_inline int is_to_pod(const struct pod *pod, const struct packet 
 	return has_ip4(pod, p->tuple.ipv4.daddr);
 }
 
+static __always_inline int is_from_pod(const struct pod *pod, const struct packet *p)
+{
+	if (p->v6)
+		return has_ip6(pod, p->tuple.ipv6.saddr[0], p->tuple.ipv6.saddr[1], p->tuple.ipv6.saddr[2], p->tuple.ipv6.saddr[3]);
+	return has_ip4(pod, p->tuple.ipv4.saddr);
+}
+
 static __always_inline int is_loopback4(__be32 a)
 {
 	return (a & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
