@@ -88,7 +88,7 @@ func (s *nameServer) connections(l *net.TCPListener) {
 				if strings.Contains(string(m), "zone") { // a transfer: two messages
 					dns.WriteFrame(c, s.reply("tcp", c.RemoteAddr(), m))
 				}
-				if dns.WriteFrame(c, s.reply("tcp", c.RemoteAddr(), m)) != nil {
+				if dns.WriteFrame(c, s.reply("tcp", c.RemoteAddr(), m)) != nil || strings.Contains(string(m), "once") {
 					return
 				}
 			}
@@ -553,6 +553,71 @@ func TestNamesOverTCP(t *testing.T) {
 	}
 	c.Close()
 	s.one.logged(`direction="outbound"`, "dst.addr="+netip.AddrPortFrom(s.outside.V4, 53).String())
+}
+
+// A name server that hangs up after each answer is asked again, and one that
+// cannot be reached is a failure, not the end of the connection.
+func TestNamesOverTCPWhenTheServerHangsUp(t *testing.T) {
+	s, server := nameStreet(t)
+	ask := func(c net.Conn, id uint16, name string) dnsmessage.Message {
+		t.Helper()
+		if err := dns.WriteFrame(c, question(t, id, name, dnsmessage.TypeA)); err != nil {
+			t.Fatal(err)
+		}
+		b, err := dns.ReadFrame(c)
+		var m dnsmessage.Message
+		if err != nil || m.Unpack(b) != nil || m.ID != id {
+			t.Fatalf("%s: %x, %v", name, b, err)
+		}
+		return m
+	}
+	c := connected(t, s.client.Host, "tcp", netip.AddrPortFrom(s.outside.V4, 53))
+	for id := range uint16(3) {
+		if m := ask(c, id, "once.example.net."); len(m.Answers) != 1 {
+			t.Errorf("question %d: %+v", id, m.Header)
+		}
+	}
+	if got := len(server.asked()); got != 3 {
+		t.Errorf("the name server was asked %d times, want 3", got)
+	}
+	gone := connected(t, s.client.Host, "tcp", netip.AddrPortFrom(s.one.host.V4, 53)) // nobody listens there
+	for id := range uint16(2) {
+		if m := ask(gone, id, "www.example.net."); m.RCode != dnsmessage.RCodeServerFailure {
+			t.Errorf("question %d: %+v, want a server failure", id, m.Header)
+		}
+		if m := ask(gone, id, "cart.shop.svc.cluster.local."); len(m.Answers) != 1 {
+			t.Errorf("question %d: %+v, want the mesh's answer", id, m.Header)
+		}
+	}
+}
+
+// A pod may have so many connections to name servers, and no more.
+func TestStreamsOfAPodAreBounded(t *testing.T) {
+	s, _ := nameStreet(t)
+	at := netip.AddrPortFrom(s.outside.V4, 53)
+	served := func() net.Conn {
+		c := connected(t, s.client.Host, "tcp", at)
+		if err := dns.WriteFrame(c, question(t, 1, "cart.shop.svc.cluster.local.", dnsmessage.TypeA)); err != nil {
+			return nil
+		}
+		if _, err := dns.ReadFrame(c); err != nil {
+			return nil
+		}
+		return c
+	}
+	var open []net.Conn
+	for range maxStreams {
+		c := served()
+		if c == nil {
+			t.Fatalf("only %d connections were served", len(open))
+		}
+		open = append(open, c)
+	}
+	if served() != nil {
+		t.Errorf("more than %d connections were served", maxStreams)
+	}
+	open[0].Close()
+	eventually(t, "room for another", func() bool { return served() != nil })
 }
 
 // TCP to port 53 of a workload of the mesh is like any other: it is for who is
