@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -346,13 +347,20 @@ func TestChecksAreSkippedWithoutATarget(t *testing.T) {
 	}
 }
 
-// Every check has a name and a section of its own.
+// Every check has a name of its own and a section that is in the specification.
 func TestCheckTable(t *testing.T) {
+	b, err := os.ReadFile("../../docs/hbone.md")
+	if err != nil {
+		t.Fatal(err)
+	}
 	names := map[string]bool{}
 	for _, k := range checks() {
-		if names[k.name] || k.section == "" || k.level == "" {
+		if names[k.name] || k.level == "" {
 			t.Errorf("check %q is not complete, or there twice", k.name)
 		}
 		names[k.name] = true
+		if !strings.Contains(string(b), "# "+k.section+" ") {
+			t.Errorf("check %s: docs/hbone.md has no section %q", k.name, k.section)
+		}
 	}
 }
