@@ -1,3 +1,5 @@
+//lint:file-ignore SA1019 these tests are about golang.org/x/net/http2
+
 package hbone
 
 import (
