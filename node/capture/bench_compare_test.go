@@ -86,8 +86,8 @@ func TestBenchmarkCapture(t *testing.T) {
 }
 
 const (
-	captureRounds = 11
-	captureSlice  = 300 * time.Millisecond
+	captureRounds = 21
+	captureSlice  = 200 * time.Millisecond
 )
 
 // A captureLoad is a kind of traffic, and what its cost is given in.
