@@ -305,3 +305,60 @@ int guard_lo(struct __sk_buff *skb)
 	count(id, STRAY_DROP);
 	return TC_ACT_SHOT;
 }
+
+// is_query: is it UDP to port 53? Behind extension headers it is not seen.
+static __always_inline int is_query(struct __sk_buff *skb, int *v6)
+{
+	__u32 offset = ETH_HLEN + sizeof(struct ipv6hdr);
+	struct iphdr ip;
+	__u8 next;
+	__be16 port;
+
+	*v6 = skb->protocol == bpf_htons(ETH_P_IPV6);
+	if (*v6) {
+		if (bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, nexthdr), &next, 1) || next != IPPROTO_UDP)
+			return 0;
+	} else {
+		if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) || ip.protocol != IPPROTO_UDP)
+			return 0;
+		if (ip.frag_off & bpf_htons(IP_OFFSET))
+			return 0;
+		offset = ETH_HLEN + ip.ihl * 4;
+	}
+	return !bpf_skb_load_bytes(skb, offset + 2, &port, 2) && port == bpf_htons(DNS_PORT);
+}
+
+// outbound stands where lo ends, and does what mesh_lookup does on kernels that
+// have no sk_lookup.
+SEC("tc")
+int outbound(struct __sk_buff *skb)
+{
+	__u32 id;
+	struct pod *pod = enter(skb, &id);
+	struct packet p = {};
+	int act, v6;
+
+	if (!pod || pod->mode == MODE_IDLE)
+		return TC_ACT_UNSPEC;
+	if (for_itself(skb, pod))
+		return TC_ACT_UNSPEC;
+	switch (parse(skb, &p)) {
+	case NOT_TCP:
+		if (!is_query(skb, &v6))
+			return TC_ACT_UNSPEC;
+		act = give(skb, id, ROLE_DNS4 + v6, DNS_NO_PROXY_DROP);
+		if (act == TC_ACT_UNSPEC)
+			count(id, CAPTURED_DNS);
+		return act;
+	case MALFORMED:
+		return TC_ACT_SHOT;
+	}
+	if (!p.syn && connected(skb, &p))
+		return TC_ACT_UNSPEC;
+	if (p.fragment) /* reassembly would lose the listener; lo has a large MTU */
+		return TC_ACT_SHOT;
+	act = give(skb, id, ROLE_OUT4 + p.v6, OUT_NO_PROXY_DROP);
+	if (act == TC_ACT_UNSPEC && p.syn)
+		count(id, CAPTURED_OUT);
+	return act;
+}

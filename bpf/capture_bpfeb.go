@@ -109,6 +109,7 @@ const (
 	CaptureSlotSLOT_GUARD_POD  CaptureSlot = 1
 	CaptureSlotSLOT_GUARD_HOST CaptureSlot = 2
 	CaptureSlotSLOT_GUARD_LO   CaptureSlot = 3
+	CaptureSlotSLOT_OUTBOUND   CaptureSlot = 4
 	CaptureSlotSLOTS           CaptureSlot = 8
 )
 
@@ -127,6 +128,7 @@ const (
 	CaptureProgGuardLo      = "guard_lo"
 	CaptureProgGuardPod     = "guard_pod"
 	CaptureProgInbound      = "inbound"
+	CaptureProgOutbound     = "outbound"
 	CaptureVarCounterForBtf = "counter_for_btf"
 )
 
@@ -176,6 +178,7 @@ type CaptureProgramSpecs struct {
 	GuardLo   *ebpf.ProgramSpec `ebpf:"guard_lo"`
 	GuardPod  *ebpf.ProgramSpec `ebpf:"guard_pod"`
 	Inbound   *ebpf.ProgramSpec `ebpf:"inbound"`
+	Outbound  *ebpf.ProgramSpec `ebpf:"outbound"`
 }
 
 // CaptureMapSpecs contains maps before they are loaded into the kernel.
@@ -254,6 +257,7 @@ type CapturePrograms struct {
 	GuardLo   *ebpf.Program `ebpf:"guard_lo"`
 	GuardPod  *ebpf.Program `ebpf:"guard_pod"`
 	Inbound   *ebpf.Program `ebpf:"inbound"`
+	Outbound  *ebpf.Program `ebpf:"outbound"`
 }
 
 func (p *CapturePrograms) Close() error {
@@ -262,6 +266,7 @@ func (p *CapturePrograms) Close() error {
 		p.GuardLo,
 		p.GuardPod,
 		p.Inbound,
+		p.Outbound,
 	)
 }
 

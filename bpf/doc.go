@@ -70,7 +70,8 @@
 // mode, is stopped. To change the mode is one write to the map.
 //
 // mesh_lookup, in lookup.c, is the sk_lookup program of the pod's namespace and
-// loaded for each pod. The socket iterators keep, drain and destroy, in
+// loaded for each pod. On kernels without sk_lookup the packet program outbound,
+// on ingress of the pod's lo, does the same. The socket iterators keep, drain and destroy, in
 // sockets.c, are loaded once. node/capture has the order.
 //
 // All addresses of the pod's interfaces are known to the programs; TCP to an
@@ -79,6 +80,31 @@
 //
 // The guards return TC_ACT_UNSPEC for what they let pass, so the programs of a
 // CNI plug-in behind them still run.
+//
+// # The ladder
+//
+// What a kernel can do is found out by trying. By what it has not got, it gets
+// less:
+//
+//	tcx links         else clsact filters. A process in the pod with NET_ADMIN can
+//	                  take off those inside the pod. Nothing leaves by that, for
+//	                  guard_host is out of its reach; but the pod can then receive
+//	                  past the proxy, and give itself routes past the capture that
+//	                  end at guard_host. The agent puts them back.
+//	sk_lookup         else outbound on lo. The same holds, but behind IPv6 extension
+//	                  headers no name query is seen.
+//	socket iterators  else connections are reset by sock_diag when a pod joins or
+//	                  leaves; captured ones cannot be told to stay.
+//
+// Where there is neither, or no socket storage, socket maps or sk_assign for
+// packet programs, no pod is captured: the node says why and refuses pods that
+// belong to the mesh. Transparent proxying by netfilter with the same routes
+// could capture there too, but its only guard would be the mark, which CAP_NET_RAW
+// suffices to set: it would promise what it cannot hold.
+//
+// Filters are used on kernels with tcx links as well, for the first moments of a
+// pod: they hold at once, a link only after a grace period of RCU. The links
+// follow, one after the other, and the filters go.
 //
 // # Maps
 //

@@ -3,27 +3,33 @@
 #pragma once
 #include "packet.h"
 
+/* give hands the packet to one of the proxy's sockets. */
+static __always_inline int give(struct __sk_buff *skb, __u32 id, enum role role, enum counter no_proxy)
+{
+	struct listener at = { .pod = id, .role = role };
+	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &at);
+	long err = 1;
+
+	if (sk) {
+		err = bpf_sk_assign(skb, sk, 0);
+		bpf_sk_release(sk);
+	}
+	if (err) {
+		count(id, no_proxy);
+		return TC_ACT_SHOT;
+	}
+	return TC_ACT_UNSPEC;
+}
+
 static __always_inline int to_listener(struct __sk_buff *skb, __u32 id, const struct packet *p)
 {
 	__be16 port = p->v6 ? p->tuple.ipv6.dport : p->tuple.ipv4.dport;
 	int tunnel = port == bpf_htons(HBONE_PORT);
-	struct listener at = { .pod = id, .role = (tunnel ? ROLE_HB4 : ROLE_IN4) + p->v6 };
-	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &at);
-	long err;
+	int act = give(skb, id, (tunnel ? ROLE_HB4 : ROLE_IN4) + p->v6, IN_NO_PROXY_DROP);
 
-	if (!sk) {
-		count(id, IN_NO_PROXY_DROP);
-		return TC_ACT_SHOT;
-	}
-	err = bpf_sk_assign(skb, sk, 0);
-	bpf_sk_release(sk);
-	if (err) {
-		count(id, IN_NO_PROXY_DROP);
-		return TC_ACT_SHOT;
-	}
-	if (p->syn)
+	if (act == TC_ACT_UNSPEC && p->syn)
 		count(id, tunnel ? CAPTURED_HBONE : CAPTURED_IN);
-	return TC_ACT_UNSPEC;
+	return act;
 }
 
 /* may_receive: is sk, which is no listener, one that packets from the wire may

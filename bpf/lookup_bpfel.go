@@ -64,6 +64,7 @@ const (
 	LookupSlotSLOT_GUARD_POD  LookupSlot = 1
 	LookupSlotSLOT_GUARD_HOST LookupSlot = 2
 	LookupSlotSLOT_GUARD_LO   LookupSlot = 3
+	LookupSlotSLOT_OUTBOUND   LookupSlot = 4
 	LookupSlotSLOTS           LookupSlot = 8
 )
 

@@ -22,6 +22,7 @@ enum slot {
 	SLOT_GUARD_POD,
 	SLOT_GUARD_HOST,
 	SLOT_GUARD_LO,
+	SLOT_OUTBOUND,
 	SLOTS = 8,
 };
 

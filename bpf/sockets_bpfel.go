@@ -78,6 +78,7 @@ const (
 	SocketsSlotSLOT_GUARD_POD  SocketsSlot = 1
 	SocketsSlotSLOT_GUARD_HOST SocketsSlot = 2
 	SocketsSlotSLOT_GUARD_LO   SocketsSlot = 3
+	SocketsSlotSLOT_OUTBOUND   SocketsSlot = 4
 	SocketsSlotSLOTS           SocketsSlot = 8
 )
 

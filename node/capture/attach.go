@@ -143,7 +143,7 @@ func (p *Pod) hookUp() error {
 			return err
 		}
 	}
-	return nil
+	return p.drop(p.outboundHook(!p.c.features.SkLookup).pin) // of another rung
 }
 
 // attachRunning captures a pod that has connections. The order loses no packet

@@ -109,7 +109,7 @@ func (c *Capture) start() (err error) {
 // choose finds out how programs are attached and what becomes of connections.
 func (c *Capture) choose() (err error) {
 	c.noFilters = haveFilters() != nil
-	c.features, err = rung(c.cfg.Disable, haveTCX, func() error { return c.noWalkers }, func() error { return haveFunc("bpf_sock_destroy") })
+	c.features, err = rung(c.cfg.Disable, haveTCX, haveSkLookup, func() error { return c.noWalkers }, func() error { return haveFunc("bpf_sock_destroy") })
 	return err
 }
 

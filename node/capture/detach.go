@@ -57,7 +57,7 @@ func (p *Pod) detach(ctx context.Context) error {
 	if err := p.lastDrain(); err != nil {
 		return err
 	}
-	for _, h := range p.hooks() {
+	for _, h := range append(p.hooks(), p.outboundHook(!p.c.features.SkLookup)) {
 		if err := p.drop(h.pin); err != nil {
 			return err
 		}

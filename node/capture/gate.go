@@ -16,6 +16,7 @@ func slots() map[string]bpf.CaptureSlot {
 		bpf.CaptureProgGuardPod:  bpf.CaptureSlotSLOT_GUARD_POD,
 		bpf.CaptureProgGuardHost: bpf.CaptureSlotSLOT_GUARD_HOST,
 		bpf.CaptureProgGuardLo:   bpf.CaptureSlotSLOT_GUARD_LO,
+		bpf.CaptureProgOutbound:  bpf.CaptureSlotSLOT_OUTBOUND,
 	}
 }
 
@@ -36,7 +37,7 @@ const cb = 48
 // is a page of it.
 func (c *Capture) newGate(id uint32, slot bpf.CaptureSlot) (*ebpf.Program, error) {
 	otherwise := int32(actShot)
-	if slot == bpf.CaptureSlotSLOT_GUARD_LO {
+	if slot == bpf.CaptureSlotSLOT_GUARD_LO || slot == bpf.CaptureSlotSLOT_OUTBOUND {
 		otherwise = actUnspec
 	}
 	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
@@ -90,8 +91,10 @@ func (c *Capture) newLookup(id uint32, w place) (*ebpf.Program, error) {
 
 // load loads the programs of the pod, by the name of what they go on to.
 func (p *Pod) load() (err error) {
-	if p.programs[bpf.LookupProgMeshLookup], err = p.c.newLookup(p.id, p.place); err != nil {
-		return err
+	if p.c.features.SkLookup {
+		if p.programs[bpf.LookupProgMeshLookup], err = p.c.newLookup(p.id, p.place); err != nil {
+			return err
+		}
 	}
 	for name, slot := range slots() {
 		if p.programs[name], err = p.c.newGate(p.id, slot); err != nil {

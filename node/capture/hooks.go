@@ -35,12 +35,20 @@ func (p *Pod) hooks() []hook {
 		{pin: pinInbound, program: bpf.CaptureProgInbound, index: p.place.eth0, kind: ebpf.AttachTCXIngress},
 		{pin: pinGuardPod, program: bpf.CaptureProgGuardPod, index: p.place.eth0, kind: ebpf.AttachTCXEgress},
 		{pin: pinGuardLo, program: bpf.CaptureProgGuardLo, index: loopback, kind: ebpf.AttachTCXEgress},
-		{pin: pinSkLookup, program: bpf.LookupProgMeshLookup},
+		p.outboundHook(p.c.features.SkLookup),
 	}
 }
 
+// outboundHook is where the pod's own connections are given to the proxy.
+func (p *Pod) outboundHook(lookup bool) hook {
+	if lookup {
+		return hook{pin: pinSkLookup, program: bpf.LookupProgMeshLookup}
+	}
+	return hook{pin: pinOutbound, program: bpf.CaptureProgOutbound, index: loopback, kind: ebpf.AttachTCXIngress}
+}
+
 func (p *Pod) hook(pin string) hook {
-	for _, h := range p.hooks() {
+	for _, h := range append(p.hooks(), p.outboundHook(!p.c.features.SkLookup)) {
 		if h.pin == pin {
 			return h
 		}
@@ -237,7 +245,11 @@ func (p *Pod) captured() (bool, error) {
 		return false, fmt.Errorf("ask whether the pod is captured: %w", err)
 	}
 	for _, h := range p.hooks() {
-		if on, err := p.on(h); err != nil || !on {
+		on, err := p.on(h)
+		if err == nil && !on && h.pin == p.outboundHook(p.c.features.SkLookup).pin {
+			on, err = p.on(p.outboundHook(!p.c.features.SkLookup)) // of another rung
+		}
+		if err != nil || !on {
 			return false, err
 		}
 	}

@@ -48,6 +48,7 @@ const (
 	pinGuardPod  = "guard_pod"
 	pinGuardHost = "guard_host"
 	pinGuardLo   = "guard_lo"
+	pinOutbound  = "outbound" // where there is no sk_lookup
 	pinCaptured  = "captured"
 )
 

@@ -29,6 +29,9 @@ type Features struct {
 	Keep bool
 	// Reset: they can be reset.
 	Reset bool
+	// SkLookup: the pod's own connections are given to the proxy by the socket
+	// lookup, else by a packet program on its lo.
+	SkLookup bool
 
 	destroys bool // the iterators can do that, else sock_diag
 }
@@ -50,7 +53,7 @@ const (
 const (
 	FeatureTCX      = "tcx"       // links for packet programs
 	FeatureIterator = "iterator"  // socket iterators, with which connections are kept
-	FeatureSkLookup = "sk_lookup" // without it, pods cannot be captured
+	FeatureSkLookup = "sk_lookup" // socket lookup programs; a packet program on lo stands in for them
 )
 
 var errDisabled = errors.New("it is turned off by configuration")
@@ -58,9 +61,7 @@ var errDisabled = errors.New("it is turned off by configuration")
 func checkDisable(names []string) error {
 	for _, n := range names {
 		switch n {
-		case FeatureTCX, FeatureIterator:
-		case FeatureSkLookup:
-			return fmt.Errorf("%s: %w, and there is no capture without it", n, errDisabled)
+		case FeatureTCX, FeatureIterator, FeatureSkLookup:
 		default:
 			return fmt.Errorf("there is no feature %q to turn off; there are %s, %s and %s", n, FeatureTCX, FeatureIterator, FeatureSkLookup)
 		}
@@ -70,14 +71,14 @@ func checkDisable(names []string) error {
 
 // rung decides which way is used. The funcs say why the kernel has not got
 // what they ask for.
-func rung(disable []string, tcx, iterator, destroy func() error) (Features, error) {
+func rung(disable []string, tcx, lookup, iterator, destroy func() error) (Features, error) {
 	ask := func(name string, have func() error) error {
 		if slices.Contains(disable, name) {
 			return errDisabled
 		}
 		return have()
 	}
-	f := Features{Rung: RungTCX, Keep: true, Reset: true, destroys: true}
+	f := Features{Rung: RungTCX, Keep: true, Reset: true, SkLookup: true, destroys: true}
 	var why []string
 	if err := ask(FeatureTCX, tcx); err != nil {
 		if !errors.Is(err, errDisabled) && !errors.Is(err, ebpf.ErrNotSupported) {
@@ -85,6 +86,13 @@ func rung(disable []string, tcx, iterator, destroy func() error) (Features, erro
 		}
 		f.Rung = RungClsact
 		why = append(why, fmt.Sprintf("no tcx links (%v): a process with NET_ADMIN can take off the programs inside its pod, and only the guard at the host's end of its wire keeps it in", err))
+	}
+	if err := ask(FeatureSkLookup, lookup); err != nil {
+		if !errors.Is(err, errDisabled) && !errors.Is(err, ebpf.ErrNotSupported) {
+			return Features{}, fmt.Errorf("find out whether the kernel has sk_lookup programs: %w", err)
+		}
+		f.SkLookup = false
+		why = append(why, fmt.Sprintf("no sk_lookup programs (%v): a packet program on each pod's lo stands in for them", err))
 	}
 	if err := ask(FeatureIterator, iterator); err != nil {
 		f.Keep, f.destroys = false, false
@@ -112,7 +120,6 @@ func needs() []need {
 	}
 	return []need{
 		{"BTF type information (/sys/kernel/btf/vmlinux)", "run a kernel that is built with CONFIG_DEBUG_INFO_BTF", haveBTF},
-		{"sk_lookup programs", newerKernel, func() error { return features.HaveProgramType(ebpf.SkLookup) }},
 		{"tc programs", "run a kernel that is built with CONFIG_NET_CLS_ACT", func() error { return features.HaveProgramType(ebpf.SchedCLS) }},
 		{"socket maps", "run a kernel that is built with CONFIG_BPF_STREAM_PARSER or CONFIG_NET_SOCK_MSG", func() error { return features.HaveMapType(ebpf.SockMap) }},
 		{"socket storage", newerKernel, func() error { return features.HaveMapType(ebpf.SkStorage) }},
@@ -135,7 +142,7 @@ func Probe(disable ...string) (Features, error) {
 	if err != nil {
 		return Features{}, fmt.Errorf("pods cannot be captured on this node: %w", err)
 	}
-	return rung(disable, haveTCX,
+	return rung(disable, haveTCX, haveSkLookup,
 		func() error { return haveType("bpf_iter__tcp") },
 		func() error { return haveFunc("bpf_sock_destroy") })
 }
@@ -184,6 +191,8 @@ func haveFunc(name string) error {
 	var f *btf.Func
 	return spec.TypeByName(name, &f)
 }
+
+func haveSkLookup() error { return features.HaveProgramType(ebpf.SkLookup) }
 
 func haveHooks() error {
 	if err := haveTCX(); err == nil || !errors.Is(err, ebpf.ErrNotSupported) {
