@@ -58,6 +58,13 @@ type load struct {
 // startLoad starts the verb "load" in the first container of a pod.
 func startLoad(t *testing.T, ns, pod string, args ...string) *load {
 	t.Helper()
+	return startVerb(t, ns, pod, "load", args...)
+}
+
+// startVerb starts a verb that tells events, and lasts until its input ends, in
+// the first container of a pod.
+func startVerb(t *testing.T, ns, pod, verb string, args ...string) *load {
+	t.Helper()
 	p, err := world.kube.CoreV1().Pods(ns).Get(t.Context(), pod, metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -65,7 +72,7 @@ func startLoad(t *testing.T, ns, pod string, args ...string) *load {
 	id := strings.TrimPrefix(p.Status.ContainerStatuses[0].ContainerID, "containerd://")
 	l := &load{name: ns + "/" + pod}
 	l.cmd = world.c.NodeCommand(t.Context(), p.Spec.NodeName, append([]string{
-		"ctr", "--namespace", "k8s.io", "task", "exec", "--exec-id", fmt.Sprintf("load-%d", time.Now().UnixNano()), id, "/bin/testapp", "load",
+		"ctr", "--namespace", "k8s.io", "task", "exec", "--exec-id", fmt.Sprintf("load-%d", time.Now().UnixNano()), id, "/bin/testapp", verb,
 	}, args...)...)
 	l.cmd.Stderr = &l.stderr
 	if l.stdin, err = l.cmd.StdinPipe(); err != nil {

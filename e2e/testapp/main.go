@@ -38,6 +38,7 @@ func commands() map[string]command {
 		"connect":    {"connect -addr HOST:PORT: open a connection and close it", verb(connectOnce)},
 		"hold":       {"hold -addr HOST:PORT [-for DURATION]: one connection, an echo every 50 ms", verb(holdOn)},
 		"load":       {"load -to ADDRESS,...: idle, long-lived, new and bulk connections at once, until the input ends", load},
+		"mixed":      {"mixed -to ADDRESS [-n N]: many connections of all kinds, held until the input ends", mixed},
 		"lookup":     {"lookup [flags] NAME...: resolve names", lookup},
 		"exec-probe": {"exec-probe [URL]: fails unless the URL answers 200", probe},
 		"sleep":      {"sleep [DURATION]: do nothing", sleep},

@@ -222,7 +222,8 @@ func banner(c *net.TCPConn) {
 
 // bulk reads one line: "source N" is answered with N bytes and the end of the
 // stream; "sink" swallows all that follows and then answers with how much it
-// was and its SHA-256.
+// was and its SHA-256; "drip" waits for the end, and then says a line now and
+// then.
 func bulk(c *net.TCPConn) {
 	in := bufio.NewReader(c)
 	line, err := in.ReadString('\n')
@@ -249,7 +250,9 @@ func bulk(c *net.TCPConn) {
 			return
 		}
 		fmt.Fprintln(c, d)
+	case "drip":
+		drip(in, c)
 	default:
-		fmt.Fprintf(c, "error: want \"source N\" or \"sink\", not %q\n", verb)
+		fmt.Fprintf(c, "error: want \"source N\", \"sink\" or \"drip\", not %q\n", verb)
 	}
 }
