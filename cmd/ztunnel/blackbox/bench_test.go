@@ -291,7 +291,7 @@ func (s *stage) allocs(t *testing.T, b *board) {
 		t.Fatal(err)
 	}
 	first := count()
-	before := count() // looking allocates too
+	before := count()                      // looking allocates too
 	l, err := c.client.Requests(6 * slice) // long: looking costs something different each time
 	if err != nil {
 		t.Fatal(err)
