@@ -260,7 +260,7 @@ func (a *Agent) lead(life, work context.Context) error {
 			context.AfterFunc(ctx, func() { close(a.ended) }) // or a snapshot that waits would wait for ever
 			return a.handoff.Run(ctx)
 		},
-		a.keeper.run, a.watchZtunnel, a.begin,
+		a.keeper.run, a.keeper.mendCapture, a.watchZtunnel, a.begin,
 		func(ctx context.Context) error {
 			select {
 			case <-a.begun:

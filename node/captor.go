@@ -30,6 +30,8 @@ type captive interface {
 	// captureDNS gives the DNS requests to ztunnel or, with on false, leaves
 	// them alone. Without prepare's dns it has no effect.
 	captureDNS(on bool) error
+	// mend puts back what the pod has taken off its capture, and says what.
+	mend() ([]string, error)
 	// drained waits, after detach, until no captured connection is left, and
 	// tidies up. The error is that of ctx if it ended first.
 	drained(ctx context.Context) error
@@ -70,4 +72,5 @@ func (p kernelCaptive) attach(ctx context.Context, m capture.Mode) error { retur
 func (p kernelCaptive) detach(ctx context.Context) error                 { return p.Detach(ctx) }
 func (p kernelCaptive) drained(ctx context.Context) error                { return p.Drained(ctx) }
 func (p kernelCaptive) captureDNS(on bool) error                         { return p.CaptureDNS(on) }
+func (p kernelCaptive) mend() ([]string, error)                          { return p.Mend() }
 func (p kernelCaptive) close() error                                     { return p.Close() }

@@ -227,6 +227,7 @@ func (p *fakeCaptive) captureDNS(on bool) error {
 }
 func (p *fakeCaptive) detach(context.Context) error  { return p.w.note("detach " + p.uid) }
 func (p *fakeCaptive) drained(context.Context) error { return nil }
+func (p *fakeCaptive) mend() ([]string, error)       { return nil, p.w.note("mend " + p.uid) }
 func (p *fakeCaptive) close() error {
 	p.w.set(func() { p.w.open-- })
 	return nil
