@@ -385,11 +385,11 @@ func (l *eventLoop) passEnd(c *Conn) {
 		return
 	}
 	c.flags |= connShut
-	if err := unix.Shutdown(int(c.fd), unix.SHUT_WR); err != nil && !errors.Is(err, unix.ENOTCONN) {
-		l.endConn(c, &resetError{"the application's connection", os.NewSyscallError("shutdown", err)})
+	if c.is(connReadEnd) {
+		l.endConn(c, nil) // which tells the application, too
 		return
 	}
-	if c.is(connReadEnd) {
-		l.endConn(c, nil)
+	if err := unix.Shutdown(int(c.fd), unix.SHUT_WR); err != nil && !errors.Is(err, unix.ENOTCONN) {
+		l.endConn(c, &resetError{"the application's connection", os.NewSyscallError("shutdown", err)})
 	}
 }
