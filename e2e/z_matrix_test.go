@@ -86,11 +86,11 @@ func matrix(t *testing.T) []cell {
 
 		// Of one container alone: it ends in good order, and the kubelet
 		// starts the next.
-		{component: "ztunnel", fault: "restart", make: signal("TERM", one), dies: one, breaks: established},
+		{component: "ztunnel", fault: "restart", make: signal("TERM", one), dies: one},
 		{component: "agent", fault: "restart", make: signal("TERM", agent), dies: agent},
-		{component: "both", fault: "restart", make: rollout(daemonset), breaks: []string{"idle", "long"}, joins: 6},
+		{component: "both", fault: "restart", make: rollout(daemonset), joins: 6},
 		{component: "control", fault: "restart", make: rollout(deployment)},
-		{component: "all", fault: "restart", make: rollout(daemonset, deployment), breaks: []string{"idle", "long"}},
+		{component: "all", fault: "restart", make: rollout(daemonset, deployment)},
 	}
 	for _, component := range []string{"ztunnel", "agent", "both", "control", "all"} {
 		cells = append(cells, cell{component: component, fault: "cut", make: func(t *testing.T) moment { return cut(t, component) }})

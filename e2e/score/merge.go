@@ -65,12 +65,7 @@ type exemption struct {
 func exemptions() []exemption {
 	return []exemption{
 		{rows: "fault.ztunnel.kill.*", broken: true, why: "what is established dies with the process"},
-		{rows: "fault.ztunnel.restart.*", broken: true, why: "what is established ends when the process does"},
 		{rows: "fault.both.kill.*", broken: true, why: "what is established dies with the process"},
-		{rows: "fault.both.restart.idle", broken: true, why: "what is established ends with the old process's time to drain"},
-		{rows: "fault.both.restart.long", broken: true, why: "what is established ends with the old process's time to drain"},
-		{rows: "fault.all.restart.idle", broken: true, why: "what is established ends with the old process's time to drain"},
-		{rows: "fault.all.restart.long", broken: true, why: "what is established ends with the old process's time to drain"},
 		{rows: "fault.all.kill.*", broken: true, refused: true, why: "no process is left that holds the listeners: over IPv6 the kernel resets"},
 	}
 }
