@@ -110,6 +110,9 @@ func TestHalfClose(t *testing.T) {
 	if err := w2.over(w2.theOut(0)); err != nil {
 		t.Error(err)
 	}
+	if err := w2.over(w2.theIn(0)); err != nil {
+		t.Error(err)
+	}
 	if got := w2.theIn(0).ToApp(); got != 1<<20 {
 		t.Errorf("the server's application got %d bytes", got)
 	}
