@@ -2,6 +2,7 @@ package capture
 
 import (
 	"errors"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -18,45 +19,39 @@ import (
 // off what this kernel has. What a rung does not promise is named, with the
 // test of what holds instead.
 func TestRungs(t *testing.T) {
-	always := map[string]func(*testing.T){
-		"outbound":                      TestOutboundIsCaptured,
-		"inbound":                       TestInboundIsCaptured,
-		"socket options are no way out": TestSocketOptionsAreNoWayAround,
-		"SYN cookies":                   TestSYNCookiesReachTheProxy,
-		"probes":                        TestProbesOfTheHostPass,
-		"names":                         TestNameQueriesAreCaptured,
-		"reset":                         TestRunningPodIsReset,
-		"dead proxy":                    TestDeadProxyFailsClosed,
-		"backlog":                       TestBacklogOutlivesTheProxy,
-		"restart of the agent":          TestAgentRestart,
-		"detach leaves nothing":         TestDetachLeavesNothing,
-		"forget leaves nothing":         TestForgetLeavesNothing,
-	}
-	keeps := map[string]func(*testing.T){
-		"keep and drain":     TestRunningPodKeepsItsConnections,
-		"kept sockets":       TestKeptSocketCannotMove,
-		"cut short":          TestHalfDoneIsNotCaptured,
-		"under traffic":      TestCaptureUnderTraffic,
-		"loop":               TestProxyDoesNotMeetItself,
-		"mend what was lost": TestMend,
+	type tests = map[string]func(*testing.T)
+	always := tests{
+		"outbound":              TestOutboundIsCaptured,
+		"inbound":               TestInboundIsCaptured,
+		"names":                 TestNameQueriesAreCaptured,
+		"probes":                TestProbesOfTheHostPass,
+		"dead proxy":            TestDeadProxyFailsClosed,
+		"restart of the agent":  TestAgentRestart,
+		"detach leaves nothing": TestDetachLeavesNothing,
 	}
 	for _, tt := range []struct {
 		disable string
 		rung    Rung
 		why     string // part of it
-		tests   []map[string]func(*testing.T)
-		instead map[string]func(*testing.T) // of what is not promised
+		tests   tests  // of all that is promised, or of what another rung does not cover
+		instead tests  // of what is not promised
 	}{
-		{disable: "tcx", rung: RungClsact, why: "no tcx links", tests: []map[string]func(*testing.T){always, keeps},
-			instead: map[string]func(*testing.T){"filters taken off in the pod": testFiltersTakenOff}},
-		{disable: "sk_lookup", rung: RungTCX, why: "no sk_lookup", tests: []map[string]func(*testing.T){always},
-			instead: map[string]func(*testing.T){"keep and drain": TestRunningPodKeepsItsConnections, "loop": TestProxyDoesNotMeetItself}},
-		{disable: "sk_lookup tcx", rung: RungClsact, why: "no sk_lookup",
-			instead: map[string]func(*testing.T){"outbound": TestOutboundIsCaptured, "names": TestNameQueriesAreCaptured, "under traffic": TestCaptureUnderTraffic}},
-		{disable: "iterator", rung: RungTCX, why: "no socket iterators", tests: []map[string]func(*testing.T){always},
-			instead: map[string]func(*testing.T){"everything is reset": testEverythingIsReset}},
-		{disable: "tcx iterator", rung: RungClsact, why: "no socket iterators",
-			instead: map[string]func(*testing.T){"everything is reset": testEverythingIsReset}},
+		{disable: "tcx", rung: RungClsact, why: "no tcx links", tests: with(always, tests{
+			"socket options are no way out": TestSocketOptionsAreNoWayAround,
+			"keep and drain":                TestRunningPodKeepsItsConnections,
+			"cut short":                     TestHalfDoneIsNotCaptured,
+			"loop":                          TestProxyDoesNotMeetItself,
+		}), instead: tests{"filters taken off in the pod": testFiltersTakenOff}},
+		{disable: "sk_lookup", rung: RungTCX, why: "no sk_lookup", tests: with(always, tests{
+			"keep and drain": TestRunningPodKeepsItsConnections,
+		})},
+		{disable: "sk_lookup tcx", rung: RungClsact, why: "no sk_lookup", tests: tests{
+			"outbound": TestOutboundIsCaptured,
+			"names":    TestNameQueriesAreCaptured,
+		}},
+		{disable: "iterator", rung: RungTCX, why: "no socket iterators", tests: tests{
+			"reset": TestRunningPodIsReset,
+		}, instead: tests{"everything is reset": testEverythingIsReset}},
 	} {
 		t.Run(tt.disable, func(t *testing.T) {
 			t.Setenv(disableEnv, tt.disable)
@@ -64,16 +59,21 @@ func TestRungs(t *testing.T) {
 			if err != nil || f.Rung != tt.rung || !strings.Contains(f.Why, tt.why) {
 				t.Fatalf("the probe says %+v, %v; want rung %s because of %q", f, err, tt.rung, tt.why)
 			}
-			if got := newStage(t, testnet.Routed).capture.Features(); got != f && got.Rung != f.Rung {
+			if got := newStage(t, testnet.Routed).capture.Features(); got.Rung != f.Rung || got.Keep != f.Keep || got.SkLookup != f.SkLookup {
 				t.Errorf("capture uses %+v, the probe says %+v", got, f)
 			}
-			for _, tests := range append(tt.tests, tt.instead) {
-				for name, test := range tests {
-					t.Run(name, test)
-				}
+			for name, test := range with(tt.tests, tt.instead) {
+				t.Run(name, test)
 			}
 		})
 	}
+}
+
+// with returns both.
+func with(a, b map[string]func(*testing.T)) map[string]func(*testing.T) {
+	out := maps.Clone(a)
+	maps.Copy(out, b)
+	return out
 }
 
 // testEverythingIsReset: without iterators, connections end when a pod joins and
