@@ -38,6 +38,7 @@ const (
 type movedTunnel struct {
 	pod    string // UID
 	id     mesh.Identity
+	frozen int64       // since when, in nanoseconds since 1970
 	flows  []movedFlow // of tunnel.Conns
 	tunnel loop.TunnelState
 }
@@ -57,6 +58,7 @@ func (m *movedTunnel) pack(c *pack.Coder) {
 	for _, s := range []*string{&m.id.TrustDomain, &m.id.Namespace, &m.id.ServiceAccount} {
 		pack.String(c, s, 1<<10)
 	}
+	pack.Uint(c, &m.frozen, math.MaxInt64)
 	pack.List(c, &m.flows, handover.MaxPartFiles, func(c *pack.Coder, f *movedFlow) { f.pack(c) })
 	m.tunnel.Pack(c)
 }
@@ -173,11 +175,12 @@ func (q *pod) handOver(heir Heir) (tunnels, conns int, declined bool, err error)
 
 // give gives one tunnel to heir, with its connections.
 func (q *pod) give(heir Heir, m loop.Mover) (conns int, err error) {
+	since := time.Now()
 	frozen, err := m.Freeze()
 	if err != nil {
 		return 0, err
 	}
-	part := movedTunnel{pod: q.info.Load().UID, id: q.id, tunnel: frozen.State}
+	part := movedTunnel{pod: q.info.Load().UID, id: q.id, frozen: since.UnixNano(), tunnel: frozen.State}
 	for _, o := range frozen.Owners {
 		part.flows = append(part.flows, o.(*flow).handed())
 	}
@@ -256,6 +259,7 @@ func (q *pod) take(part *movedTunnel, files []int) (goOn, keep func(), err error
 	goOn = func() {
 		defer q.conns.Done()
 		a.Go()
+		q.proxy.paused(time.Since(time.Unix(0, part.frozen)))
 		q.proxy.recheckFlows(flows)
 	}
 	keep = func() {
@@ -263,6 +267,22 @@ func (q *pod) take(part *movedTunnel, files []int) (goOn, keep func(), err error
 		a.Discard()
 	}
 	return goOn, keep, nil
+}
+
+// paused notes how long a tunnel stood still that was taken over.
+func (p *Proxy) paused(d time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.longest = max(p.longest, d)
+}
+
+// LongestPause returns how long the connections that were taken over stood
+// still at the most, from when their former process stopped to carry them until
+// this one began.
+func (p *Proxy) LongestPause() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.longest
 }
 
 // takeFlow returns a flow that was another process's. What the View does not

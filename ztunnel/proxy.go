@@ -114,6 +114,7 @@ type Proxy struct {
 	owners  map[string]*pod // by owner: those and the ones that drain
 	born    uint64          // number of pods ever added
 	active  bool            // connections are accepted
+	longest time.Duration   // pause of a tunnel that was taken over
 	stopped bool
 }
 

@@ -24,6 +24,7 @@ type succession struct {
 	standby   bool
 	proxy     handover.Taker
 	warm      func(ctx context.Context) error // returns when this ztunnel could take over
+	pause     func() time.Duration            // the longest of a tunnel that was taken over
 	activated <-chan struct{}
 	log       *slog.Logger
 	server    *handover.Server
@@ -111,7 +112,7 @@ func (s *succession) inherit(ctx context.Context) bool {
 		case ctx.Err() != nil:
 			return false
 		case err == nil:
-			s.log.Info("took over", "tunnels", parts)
+			s.log.Info("took over", "tunnels", parts, "longest_pause", s.pause())
 		case !nobody && fmt.Sprint(err) != last:
 			last = fmt.Sprint(err)
 			s.log.Info("the ztunnel before this one has ended, or cannot hand over", "error", err)
