@@ -132,7 +132,7 @@ func newStage(t *testing.T) *stage {
 func (c *contender) warm(t *testing.T) {
 	t.Helper()
 	var err error
-	for range 100 {
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); {
 		if err = errors.Join(c.client.Open(c.echo, 1, 1), c.client.Open(c.sink, 1, 1), c.client.CloseAll()); err == nil {
 			return
 		}
