@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"syscall"
@@ -139,8 +140,9 @@ func nameServer(t testing.TB, h *testnet.Host, port uint16) {
 	}
 }
 
-// query asks over a connected or an unconnected socket. The answer must come
-// from whom it asked.
+// query asks over a connected or an unconnected socket, and, as resolvers do,
+// again after a while: a datagram may be lost. The answer must come from whom it
+// asked.
 func query(from *testnet.Host, to netip.AddrPort, connected bool, within time.Duration) (string, error) {
 	b := make([]byte, 512)
 	var c *net.UDPConn
@@ -162,18 +164,25 @@ func query(from *testnet.Host, to netip.AddrPort, connected bool, within time.Du
 		return "", err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(within))
-	if connected {
-		_, err = c.Write([]byte("name"))
-	} else {
-		_, err = c.WriteToUDPAddrPort([]byte("name"), to)
-	}
-	if err != nil {
-		return "", err
-	}
-	n, peer, err := c.ReadFromUDPAddrPort(b)
-	if err != nil {
-		return "", err
+	var n int
+	var peer netip.AddrPort
+	for end := time.Now().Add(within); ; {
+		if connected {
+			_, err = c.Write([]byte("name"))
+		} else {
+			_, err = c.WriteToUDPAddrPort([]byte("name"), to)
+		}
+		if err != nil {
+			return "", err
+		}
+		c.SetReadDeadline(time.Now().Add(min(within, 1500*time.Millisecond)))
+		n, peer, err = c.ReadFromUDPAddrPort(b)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, os.ErrDeadlineExceeded) || time.Now().After(end) {
+			return "", err
+		}
 	}
 	if got := netip.AddrPortFrom(peer.Addr().Unmap(), peer.Port()); got != to {
 		return "", fmt.Errorf("%v answers, %v was asked", got, to)
