@@ -5,10 +5,13 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/weft-mesh/weft/hbone"
 )
@@ -156,6 +159,45 @@ func TestReset(t *testing.T) {
 		}
 		w.over(w.theOut(0))
 	})
+}
+
+// When the process dies the kernel closes its descriptors. What the applications
+// have by then must not look whole.
+func TestDeathIsNoEnd(t *testing.T) {
+	served := make(chan error, 1)
+	w := newWorld(t, func(c *net.TCPConn) {
+		_, err := io.Copy(c, c)
+		served <- err
+		c.Close()
+	})
+	c := w.dial()
+	roundTrip(t, c, "hello")
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	for _, e := range []*end{w.theOut(0), w.theIn(0)} {
+		// In its place comes a file, so that its number is nobody else's: the
+		// last descriptor of the socket is gone, as at death.
+		replaced := make(chan error, 1)
+		e.loop.Load().post(work{kind: workCall, call: func() {
+			replaced <- unix.Dup3(int(null.Fd()), int(e.fd), unix.O_CLOEXEC)
+		}})
+		if err := <-replaced; err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := io.ReadAll(c); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the client's application saw %v", err)
+	}
+	if err := <-served; !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the server's application saw %v", err)
+	}
+	for _, e := range []*end{w.theOut(0), w.theIn(0)} {
+		e.Abort(errors.New("it is dead"))
+		w.over(e)
+	}
 }
 
 func TestRefused(t *testing.T) {

@@ -125,7 +125,11 @@ func (l *eventLoop) adopt(c *Conn, t *tunnel, id uint32) bool {
 		l.endConn(c, errors.New("aborted"))
 		return false
 	}
-	if err := watch(l.ep, int(c.fd), aboutConn, c.slot); err != nil {
+	err := cutAtDeath(c.fd)
+	if err == nil {
+		err = watch(l.ep, int(c.fd), aboutConn, c.slot)
+	}
+	if err != nil {
 		l.endConn(c, err)
 		return false
 	}
@@ -146,7 +150,7 @@ func (l *eventLoop) endConn(c *Conn, err error) {
 	if err != nil {
 		abortSocket(c.fd)
 	} else {
-		_ = unix.Close(int(c.fd)) // both directions have ended: there is nothing to lose
+		closeSocket(c.fd)
 	}
 	c.fd = -1
 	c.over(err)

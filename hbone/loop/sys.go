@@ -92,11 +92,25 @@ func Detach(c *net.TCPConn) (int, error) {
 	return fd, nil
 }
 
-// abortSocket closes a TCP socket so that its peer sees an error: with nothing
-// to linger for, close sends an RST (tcp(7), SO_LINGER).
-func abortSocket(fd int32) {
+// cutAtDeath makes the kernel reset a connection when its last descriptor is
+// closed (tcp(7), SO_LINGER with nothing to linger for). That is also what
+// happens when the process is killed: a stream that it cuts short must not
+// look whole.
+func cutAtDeath(fd int32) error {
+	err := unix.SetsockoptLinger(int(fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	return os.NewSyscallError("setsockopt", err)
+}
+
+// closeSocket closes a TCP socket whose directions have both ended.
+func closeSocket(fd int32) {
 	// If it fails the connection is gone already.
-	_ = unix.SetsockoptLinger(int(fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	_ = unix.SetsockoptLinger(int(fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{})
+	_ = unix.Close(int(fd))
+}
+
+// abortSocket closes a TCP socket so that its peer sees an error.
+func abortSocket(fd int32) {
+	_ = cutAtDeath(fd) // as above
 	_ = unix.Close(int(fd))
 }
 

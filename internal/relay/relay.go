@@ -49,6 +49,8 @@ func Copy(ctx context.Context, a, b net.Conn, stats *Stats) error {
 	if stats == nil {
 		stats = &Stats{}
 	}
+	cutAtDeath(a)
+	cutAtDeath(b)
 	var once sync.Once
 	var first error
 	abort := func(err error) {
@@ -80,8 +82,8 @@ func Copy(ctx context.Context, a, b net.Conn, stats *Stats) error {
 	watch.Wait()
 	// Both ends are ended or aborted: closing frees them, and has nothing new
 	// to say.
-	_ = a.Close()
-	_ = b.Close()
+	closeEnded(a)
+	closeEnded(b)
 	return first
 }
 
@@ -198,15 +200,29 @@ func (c counter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// abortConn ends c so that its peer sees an error, if c knows how.
-func abortConn(c net.Conn) {
-	switch c := c.(type) {
-	case resetter:
-		c.Reset()
-		return
-	case *net.TCPConn:
-		// With nothing to linger for, close sends an RST (tcp(7), SO_LINGER).
+// cutAtDeath makes the kernel reset c when its last descriptor is closed (tcp(7),
+// SO_LINGER with nothing to linger for). That is also what happens when the
+// process is killed: a stream that it cuts short must not look whole.
+func cutAtDeath(c net.Conn) {
+	if c, ok := c.(*net.TCPConn); ok {
 		_ = c.SetLinger(0) // if it fails the socket is gone already
 	}
-	_ = c.Close() // as above
+}
+
+// closeEnded closes c, whose directions have both ended or which was aborted.
+func closeEnded(c net.Conn) {
+	if c, ok := c.(*net.TCPConn); ok {
+		_ = c.SetLinger(-1) // as above, or aborted and closed before
+	}
+	_ = c.Close()
+}
+
+// abortConn ends c so that its peer sees an error, if c knows how.
+func abortConn(c net.Conn) {
+	if c, ok := c.(resetter); ok {
+		c.Reset()
+		return
+	}
+	cutAtDeath(c)
+	_ = c.Close() // an error says that it is closed
 }
