@@ -97,7 +97,7 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 		Pair: c.podName, Standby: c.standby, Activate: func() { proxy.Activate(); turn.activate() },
 	})
 	turn.synced = agent.Synced()
-	after = newSuccession(succession{
+	after = newSuccession(&succession{
 		path: c.handoverPath, instance: c.instance(), standby: c.standby, proxy: proxy, pause: proxy.LongestPause, activated: turn.activated, log: log,
 		warm: func(ctx context.Context) error { return warm(ctx, client, agent, proxy) },
 	})

@@ -32,10 +32,11 @@ type succession struct {
 	once      sync.Once
 }
 
-func newSuccession(s succession) *succession {
+// newSuccession completes s, whose path, instance, proxy and functions are set.
+func newSuccession(s *succession) *succession {
 	s.given = make(chan struct{})
 	s.server = handover.NewServer(handover.ServerConfig{Path: s.path, Parts: []uint32{ztunnel.PartVersion}, Log: s.log})
-	return &s
+	return s
 }
 
 // heir returns who takes over when this ztunnel ends now, or nil.
