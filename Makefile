@@ -42,7 +42,7 @@ lint: ## vet and staticcheck, both modules
 
 .PHONY: unit
 unit: ## unit, integration and kernel tests under the race detector (root for the kernel tests)
-	@echo "== unit, integration and kernel tests"; CGO_ENABLED=1 go test -race ./...
+	@echo "== unit, integration and kernel tests"; CGO_ENABLED=1 go test -race -timeout 20m ./...
 
 .PHONY: fuzz
 fuzz: ## each fuzz target, some seconds each

@@ -265,7 +265,7 @@ func (w *Watcher) inputs() compile.Inputs {
 		Services: list[*corev1.Service](w.services),
 
 		Namespaces: list[*corev1.Namespace](w.namespaces),
-		Slices:   list[*discoveryv1.EndpointSlice](w.slices),
+		Slices:     list[*discoveryv1.EndpointSlice](w.slices),
 	}
 	for _, u := range list[*unstructured.Unstructured](w.policies.informer) {
 		in.AuthorizationPolicies = append(in.AuthorizationPolicies, compile.ReadAuthorizationPolicy(u))

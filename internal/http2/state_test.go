@@ -79,7 +79,9 @@ func TestParserMovesAtEveryByte(t *testing.T) {
 // TestResumeParserRefuses shows that a state that no parser can reach is not
 // taken: it would read memory that is not there, or hold more than it may.
 func TestResumeParserRefuses(t *testing.T) {
-	good := func(fr *h2.Framer) { _ = fr.WriteHeaders(h2.HeadersFrameParam{StreamID: 1, BlockFragment: []byte("block")}) }
+	good := func(fr *h2.Framer) {
+		_ = fr.WriteHeaders(h2.HeadersFrameParam{StreamID: 1, BlockFragment: []byte("block")})
+	}
 	in := stream(t, good)
 	p := NewParser(roomy)
 	if _, _, _, err := p.Next(in[:9]); err != nil {
