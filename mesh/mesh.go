@@ -143,6 +143,9 @@ type Workload struct {
 	Owner Owner `json:"owner,omitzero"`
 
 	Services []Membership `json:"services,omitempty"` // sorted by service
+	// Labels are those of the pod's labels whose keys some subset of a
+	// TrafficPolicy asks for.
+	Labels map[string]string `json:"labels,omitempty"`
 	// Policies are the authorization policies that select this workload by
 	// label or were made for it. Policies of its namespace and of the whole
 	// mesh apply too and are not listed. A listed policy that has not arrived

@@ -11,6 +11,7 @@ const (
 	ScopeGlobal    Scope = "global"    // every workload of the mesh
 	ScopeNamespace Scope = "namespace" // every workload of the policy's namespace
 	ScopeSelector  Scope = "selector"  // the workloads that list it
+	ScopeTarget    Scope = "target"    // the Targets of the policy, at their waypoint
 )
 
 // Action is what a policy does when it matches. The zero Action is invalid
@@ -33,6 +34,14 @@ type Policy struct {
 	Action Action  `json:"action"`
 	Groups []Group `json:"groups,omitempty"`
 	DryRun bool    `json:"dryRun,omitempty"` // reported, not enforced
+	// Targets are what a policy of ScopeTarget protects.
+	Targets []Target `json:"targets,omitempty"`
+}
+
+// A Target is a service, or everything behind a waypoint. Exactly one is set.
+type Target struct {
+	Service  ServiceName `json:"service,omitzero"`
+	Waypoint Name        `json:"waypoint,omitzero"` // of the Gateway object
 }
 
 // A Group matches when all of its clauses do; an empty one matches everything.
@@ -62,6 +71,17 @@ type Match struct {
 	NotDestinationIPs  []netip.Prefix        `json:"notDestinationIPs,omitempty"`
 	DestinationPorts   []uint16              `json:"destinationPorts,omitempty"`
 	NotDestPorts       []uint16              `json:"notDestinationPorts,omitempty"`
+	// What follows is known of requests only. Where a connection is decided on
+	// it is unknown, as if Unknown were set.
+	Methods      []StringMatch  `json:"methods,omitempty"`
+	NotMethods   []StringMatch  `json:"notMethods,omitempty"`
+	Hosts        []StringMatch  `json:"hosts,omitempty"` // compared without regard to case
+	NotHosts     []StringMatch  `json:"notHosts,omitempty"`
+	Paths        []StringMatch  `json:"paths,omitempty"` // the normalized path, without the query
+	NotPaths     []StringMatch  `json:"notPaths,omitempty"`
+	Headers      []HeaderMatch  `json:"headers,omitempty"`   // each of them holds
+	RemoteIPs    []netip.Prefix `json:"remoteIPs,omitempty"` // the client behind trusted proxies
+	NotRemoteIPs []netip.Prefix `json:"notRemoteIPs,omitempty"`
 	// Unknown is set when the wire carried a condition that this version does
 	// not know. In an allow policy such a match never holds; in a deny policy
 	// it always does.
@@ -79,6 +99,7 @@ const (
 	MatchPrefix             // begins with
 	MatchSuffix             // ends with
 	MatchPresence           // is there and is not empty
+	MatchTemplate           // a path whose {*} is one segment and {**} any number of them
 )
 
 // A StringMatch compares one string.
@@ -92,4 +113,12 @@ type StringMatch struct {
 type ServiceAccountMatch struct {
 	Namespace      string `json:"namespace"`
 	ServiceAccount string `json:"serviceAccount"`
+}
+
+// A HeaderMatch compares a header field of a request, its name in lower case.
+// One of Values must hold, if there are any, and none of NotValues.
+type HeaderMatch struct {
+	Name      string        `json:"name"`
+	Values    []StringMatch `json:"values,omitempty"`
+	NotValues []StringMatch `json:"notValues,omitempty"`
 }

@@ -8,7 +8,9 @@ import (
 // The words of the enumerations, in the order of their values.
 func transportWords() []string { return []string{"unset", "plain", "hbone"} }
 func actionWords() []string    { return []string{"unset", "allow", "deny"} }
-func kindWords() []string      { return []string{"unset", "exact", "prefix", "suffix", "presence"} }
+func kindWords() []string {
+	return []string{"unset", "exact", "prefix", "suffix", "presence", "template"}
+}
 
 // word returns the word for value v, or a text that does not parse.
 func word(words []string, what string, v uint8) string {
@@ -57,7 +59,7 @@ func (a *Action) UnmarshalText(b []byte) error {
 	return err
 }
 
-// String returns "unset", "exact", "prefix", "suffix" or "presence".
+// String returns "unset", "exact", "prefix", "suffix", "presence" or "template".
 func (k MatchKind) String() string { return word(kindWords(), "match kind", uint8(k)) }
 
 // MarshalText writes String's word.
