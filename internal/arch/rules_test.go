@@ -14,11 +14,11 @@ const module = "github.com/weft-mesh/weft/"
 // floors below its own, so this order has no cycles and no short cuts. A new
 // package needs a line here; all of cmd stands on the top floor.
 var floors = [][]string{
-	0: {"mesh", "bpf", "deploy", "api/workload", "api/meshv1", "ui", "internal/run", "internal/netns", "internal/relay", "internal/obs", "internal/pack", "internal/arch", "internal/score"},
+	0: {"mesh", "waypoint/l7/msg", "bpf", "deploy", "api/workload", "api/meshv1", "ui", "internal/run", "internal/netns", "internal/relay", "internal/obs", "internal/pack", "internal/arch", "internal/score"},
 	1: {"mesh/view", "mesh/authz", "mesh/route", "mesh/balance", "internal/http2", "internal/handoff", "internal/handover", "internal/testca", "internal/testnet", "internal/bench"},
-	2: {"identity", "hbone/record", "api/feed", "ztunnel/dns", "waypoint/l7", "waypoint/l7/h1", "waypoint/l7/h2", "node/capture", "node/cni", "control/compile"},
-	3: {"hbone", "hbone/conformance", "identity/ca", "identity/issue", "waypoint/wasm", "control/provision", "control/admit", "control/admin"},
-	4: {"hbone/loop", "waypoint", "waypoint/gateway", "node", "control/kube"},
+	2: {"identity", "hbone/record", "api/feed", "ztunnel/dns", "waypoint/l7/h1", "waypoint/l7/h2", "node/capture", "node/cni", "control/compile"},
+	3: {"hbone", "hbone/conformance", "identity/ca", "identity/issue", "waypoint/l7", "control/provision", "control/admit", "control/admin"},
+	4: {"hbone/loop", "waypoint", "waypoint/gateway", "waypoint/wasm", "node", "control/kube"},
 	5: {"ztunnel", "control"},
 	6: {}, // cmd/...
 }
