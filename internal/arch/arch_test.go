@@ -69,7 +69,7 @@ func TestRules(t *testing.T) {
 		{edge{"ztunnel", "waypoint/l7", false}, "only waypoint itself and cmd may"},
 		{edge{"ztunnel", "control/compile", false}, "only control itself and cmd may"},
 		{edge{"mesh/route", "mesh/authz", false}, "floor 1 may not import from floor 1"},
-		{edge{"waypoint/l7", "hbone", false}, "floor 2 may not import from floor 3"},
+		{edge{"waypoint/l7", "hbone", false}, "floor 3 may not import from floor 3"},
 		{edge{"hbone", "waypoint/l7", false}, "only waypoint itself and cmd may"},
 		{edge{"e2e", "mesh", false}, "from outside only"},
 		{edge{"e2e/cluster", "mesh", test}, "from outside only"},
