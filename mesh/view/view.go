@@ -36,6 +36,15 @@ type View struct {
 	byPolicy map[mesh.Name]*mesh.Policy
 	global   []*mesh.Policy
 	wide     map[string][]*mesh.Policy // by namespace: the global ones, then its own
+	targeted map[mesh.Target][]*mesh.Policy
+
+	routes    []*mesh.Route         // sorted by key, as the two below
+	traffic   []*mesh.TrafficPolicy // of services and subsets
+	waypoints []*mesh.Waypoint
+
+	byRoute    map[mesh.RouteKey]*mesh.Route
+	byTraffic  map[trafficKey]*mesh.TrafficPolicy
+	byWaypoint map[mesh.Name]*mesh.Waypoint
 }
 
 // An Endpoint is a workload behind a service.
@@ -74,6 +83,7 @@ func Of(version string, ws []*mesh.Workload, ss []*mesh.Service, ps []*mesh.Poli
 	v.indexWorkloads()
 	v.indexServices()
 	v.indexPolicies()
+	v.indexTargets()
 	return v
 }
 
