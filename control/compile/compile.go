@@ -56,6 +56,8 @@ type Inputs struct {
 	Slices                []*discoveryv1.EndpointSlice
 	AuthorizationPolicies []AuthorizationPolicy
 	PeerAuthentications   []PeerAuthentication
+	VirtualServices       []VirtualService
+	DestinationRules      []DestinationRule
 }
 
 // A World is everything that is compiled as a whole, and the index by which
@@ -67,6 +69,13 @@ type World struct {
 	// only an EndpointSlice names. Sorted by UID.
 	Endpoints []mesh.Workload
 	Statuses  []Status // sorted by kind, then name
+	// Routes are for services and their ports; every service has those that
+	// apply to it, whether or not a waypoint is there to follow them. Sorted by
+	// service, port and protocol.
+	Routes []mesh.Route
+	// TrafficPolicies are sorted by service, subset and port.
+	TrafficPolicies []mesh.TrafficPolicy
+	Waypoints       []mesh.Waypoint // sorted by name
 
 	settings  Settings
 	selecting map[labelPair][]selectingService // services with a selector, by one of its pairs
@@ -75,7 +84,9 @@ type World struct {
 	claimed   map[netip.Addr]bool
 	selectors map[string][]policySelector // policies with a selector, by namespace of the pods they may select; "" is all
 	peers     peerAuths
-	direct    map[string]bool // namespaces whose pods may be reached without a tunnel within a node
+	drafts    map[mesh.RouteKey]*routeDraft // while compiling
+	labelKeys map[string]bool               // of pods, that TrafficPolicies ask for
+	direct    map[string]bool               // namespaces whose pods may be reached without a tunnel within a node
 }
 
 // A policySelector selects the pods that list a policy.
@@ -87,12 +98,16 @@ type policySelector struct {
 // Compile compiles the cold half of the cluster: services, endpoints and
 // policies. Pods are compiled one by one with World.Workload.
 func Compile(s Settings, in Inputs) *World {
-	w := &World{settings: s.withDefaults(), selectors: map[string][]policySelector{}}
+	w := &World{settings: s.withDefaults(), selectors: map[string][]policySelector{},
+		drafts: map[mesh.RouteKey]*routeDraft{}, labelKeys: map[string]bool{}}
 	w.direct = directNamespaces(in.Namespaces)
 	w.compileServices(in.Services)
 	w.compileSlices(in)
 	w.compileAuthorizationPolicies(in.AuthorizationPolicies)
 	w.compilePeerAuthentications(in.PeerAuthentications)
+	w.compileVirtualServices(in.VirtualServices)
+	w.compileDestinationRules(in.DestinationRules)
+	w.finishRoutes()
 	slices.SortFunc(w.Policies, func(a, b mesh.Policy) int { return a.Name.Compare(b.Name) })
 	slices.SortFunc(w.Statuses, compareStatus)
 	return w

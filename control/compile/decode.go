@@ -12,6 +12,7 @@ import (
 
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
+	networkingv1alpha3 "istio.io/api/networking/v1alpha3"
 	securityv1 "istio.io/api/security/v1"
 	"k8s.io/apimachinery/pkg/api/validate/content"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -82,13 +83,55 @@ func ReadPeerAuthentication(u *unstructured.Unstructured) PeerAuthentication {
 	return out
 }
 
-func readMeta(u *unstructured.Unstructured) Meta {
-	m := Meta{
+// A VirtualService is the Kubernetes object of that name, read.
+type VirtualService struct {
+	Meta
+	Spec *networkingv1alpha3.VirtualService // nil when Err is set
+}
+
+// ReadVirtualService reads an object of kind VirtualService of the group
+// networking.istio.io, in any version: they all have one shape.
+func ReadVirtualService(u *unstructured.Unstructured) VirtualService {
+	out := VirtualService{Meta: readName(u)}
+	spec := &networkingv1alpha3.VirtualService{}
+	if out.Err = readSpec(u, spec); out.Err == nil {
+		out.Spec = spec
+	}
+	return out
+}
+
+// A DestinationRule is the Kubernetes object of that name, read.
+type DestinationRule struct {
+	Meta
+	// Host is spec.host, also when Err is set.
+	Host string
+	Spec *networkingv1alpha3.DestinationRule // nil when Err is set
+}
+
+// ReadDestinationRule reads an object of kind DestinationRule of the group
+// networking.istio.io, in any version.
+func ReadDestinationRule(u *unstructured.Unstructured) DestinationRule {
+	out := DestinationRule{Meta: readName(u)}
+	out.Host, _, _ = unstructured.NestedString(u.Object, "spec", "host")
+	spec := &networkingv1alpha3.DestinationRule{}
+	if out.Err = readSpec(u, spec); out.Err == nil {
+		out.Spec = spec
+	}
+	return out
+}
+
+// readName reads what every object has, without a selector.
+func readName(u *unstructured.Unstructured) Meta {
+	return Meta{
 		Name:        mesh.Name{Namespace: u.GetNamespace(), Name: u.GetName()},
 		Generation:  u.GetGeneration(),
 		Created:     u.GetCreationTimestamp().Time,
 		Annotations: u.GetAnnotations(),
 	}
+}
+
+func readMeta(u *unstructured.Unstructured) Meta {
+	m := readName(u)
 	var err error
 	m.Selector, _, err = unstructured.NestedStringMap(u.Object, "spec", "selector", "matchLabels")
 	if err != nil {

@@ -9,7 +9,7 @@ import (
 
 // A Status is what the user is told about one of his objects.
 type Status struct {
-	Kind       string      `json:"kind"` // AuthorizationPolicy or PeerAuthentication
+	Kind       string      `json:"kind"`
 	Name       mesh.Name   `json:"name"`
 	Generation int64       `json:"generation,omitempty"` // of the object that was compiled
 	Conditions []Condition `json:"conditions"`
@@ -30,6 +30,13 @@ const (
 	ZtunnelAccepted = "ZtunnelAccepted"
 	// WaypointAccepted is true when the object is enforced by a waypoint.
 	WaypointAccepted = "WaypointAccepted"
+	// Accepted is true when the object is valid and is meant exactly as it is
+	// written.
+	Accepted = "Accepted"
+	// ResolvedRefs is true when everything exists that the object names.
+	ResolvedRefs = "ResolvedRefs"
+	// Programmed is true when there are waypoints that follow the object.
+	Programmed = "Programmed"
 )
 
 // The reasons.
@@ -45,6 +52,8 @@ const (
 const (
 	KindAuthorizationPolicy = "AuthorizationPolicy"
 	KindPeerAuthentication  = "PeerAuthentication"
+	KindVirtualService      = "VirtualService"
+	KindDestinationRule     = "DestinationRule"
 )
 
 func compareStatus(a, b Status) int {

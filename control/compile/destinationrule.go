@@ -1,0 +1,3 @@
+package compile
+
+func (w *World) compileDestinationRules(in []DestinationRule) {}
