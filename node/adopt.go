@@ -100,6 +100,7 @@ func (k *keeper) adopt(ctx context.Context, c capturer, held map[string]handoff.
 		k.log.Info("took over the pods of the agent before", "pods", adopted, "gone", len(uids)-adopted)
 	}
 	k.mu.Lock()
+	k.blinded = false
 	for uid := range k.pods {
 		keep[uid] = true // captured while this went on
 	}
@@ -195,6 +196,9 @@ func (k *keeper) adoptRecorded(ctx context.Context, c capturer, held map[string]
 	if err != nil {
 		return err
 	}
+	k.mu.Lock()
+	k.blinded = true
+	k.mu.Unlock()
 	adopted := 0
 	for _, uid := range uids {
 		done, err := k.turns.take(ctx, uid)

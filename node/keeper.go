@@ -64,6 +64,7 @@ type keeper struct {
 	capture  capturer           // nil while nothing can be captured
 	blocked  error              // why not
 	leaving  bool               // Weft is being uninstalled: every pod leaves
+	blinded  bool               // pods were taken over by their records, and adopt has still to look
 	noDNS    bool               // the ztunnel that serves new pods has no name server
 	pods     map[string]*member // what is captured, by UID
 	failures map[string]failure // what went wrong last, by UID, until it goes right
@@ -246,7 +247,7 @@ func (k *keeper) reconcile(ctx context.Context, uid string) (again time.Duration
 	}
 	defer done()
 	pod, m := k.kube.pod(uid), k.member(uid)
-	if !k.kube.synced() {
+	if k.isBlind() {
 		return k.blind(ctx, m)
 	}
 	k.warnUnknown(ctx, uid, pod)
@@ -257,8 +258,17 @@ func (k *keeper) reconcile(ctx context.Context, uid string) (again time.Duration
 	return again, err
 }
 
-// blind looks after a captured pod while it is not known what the API server
-// says: it is served until its sandbox is gone.
+// isBlind reports whether it is not known what the API server says, or was not
+// until a moment ago: then adopt has still to take over the pods that no record
+// told of, with the listeners that a ztunnel may hold of them.
+func (k *keeper) isBlind() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.blinded || !k.kube.synced()
+}
+
+// blind looks after a captured pod while nothing else is known of it: it is
+// served until its sandbox is gone.
 func (k *keeper) blind(ctx context.Context, m *member) (again time.Duration, err error) {
 	if m == nil {
 		return 0, nil

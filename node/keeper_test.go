@@ -76,6 +76,14 @@ func newWorld(t *testing.T, objects ...runtime.Object) *world {
 
 // start lets the keeper work until the test ends.
 func (w *world) start() {
+	w.t.Helper()
+	w.work()
+	w.follow()
+}
+
+// work starts the workers, which nothing wakes yet.
+func (w *world) work() {
+	w.t.Helper()
 	ctx, cancel := context.WithCancel(w.t.Context())
 	var wg sync.WaitGroup
 	wg.Go(func() { w.keeper.kube.run(ctx) })
@@ -84,6 +92,11 @@ func (w *world) start() {
 	if !cache.WaitForCacheSync(ctx.Done(), w.keeper.kube.synced) {
 		w.t.Fatal("the fake API server was not read")
 	}
+}
+
+// follow lets objects that change wake the workers.
+func (w *world) follow() {
+	w.t.Helper()
 	if err := w.keeper.follow(); err != nil {
 		w.t.Fatal(err)
 	}

@@ -225,10 +225,13 @@ func TestAdoptAfterRecords(t *testing.T) {
 		}
 	}
 	w.keeper.enable(c)
-	w.start()
+	w.work()
+	w.keeper.queue.Add("late") // woken by a failure before, it must not be captured as if nothing held it
+	w.until("a worker to look at it", func() bool { return w.keeper.queue.Len() == 0 })
 	if err := w.keeper.adopt(context.Background(), c, nil); err != nil {
 		t.Fatal(err)
 	}
+	w.follow()
 	w.until("both, each once", func() bool {
 		var got []string
 		for _, e := range w.read() {

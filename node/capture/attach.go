@@ -50,13 +50,17 @@ func (p *Pod) Attach(ctx context.Context, m Mode) error {
 	defer p.c.enrolling.RUnlock()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.ns == nil {
+	if p.ns == nil || p.c.closed {
 		return errClosed
 	}
 	if err := p.attachAs(ctx, m); err != nil {
 		return fmt.Errorf("capture pod %s: %w", p.uid, err)
 	}
-	p.background.Go(p.fasten)
+	p.c.background.Add(1)
+	p.background.Go(func() {
+		defer p.c.background.Done()
+		p.fasten()
+	})
 	return nil
 }
 
@@ -81,7 +85,7 @@ func (p *Pod) fastenOne(h hook) error {
 	defer p.c.enrolling.Unlock()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.ns == nil || p.closing.Load() || !exists(filepath.Join(p.dir, pinCaptured)) {
+	if p.ns == nil || p.c.closed || p.closing.Load() || !exists(filepath.Join(p.dir, pinCaptured)) {
 		return nil // closed, or no longer captured
 	}
 	if l, err := p.pinned(h); err != nil || l != nil {

@@ -59,6 +59,9 @@ type Capture struct {
 	// between: the kernel's lock of the network's configuration (rtnl) is held
 	// for a grace period by each, and a pod that joins needs it a dozen times.
 	enrolling sync.RWMutex
+	// closed is guarded by enrolling; background is what goes on for any pod.
+	closed     bool
+	background sync.WaitGroup
 	// walkers are the socket iterators. They are nil where the kernel cannot
 	// load them, or Config forbids it, and noWalkers is why.
 	walkers   *ebpf.Collection
@@ -182,8 +185,14 @@ func (c *Capture) loadWalkers() error {
 	return nil
 }
 
-// Close closes descriptors. Pods stay captured.
+// Close ends what goes on in the background, also for pods that nobody has
+// closed, and closes descriptors. Pods stay captured; none can be captured any
+// more.
 func (c *Capture) Close() error {
+	c.enrolling.Lock()
+	c.closed = true
+	c.enrolling.Unlock()
+	c.background.Wait()
 	var errs []error
 	for name, m := range c.maps {
 		errs = append(errs, m.Close())

@@ -412,6 +412,7 @@ func TestHalfDoneIsNotCaptured(t *testing.T) {
 		if err := p.Attach(t.Context(), Mode{Existing: Keep}); err != nil {
 			t.Fatalf("without %s: %v", missing, err)
 		}
+		p.background.Wait() // the next step takes off what is put on there
 		if ok, err := p.Captured(); !ok || err != nil {
 			t.Errorf("finished after %s: captured %v, %v", missing, ok, err)
 		}

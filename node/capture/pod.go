@@ -285,7 +285,7 @@ func (p *Pod) Files() (Files, error) {
 // UID returns the pod's UID.
 func (p *Pod) UID() string { return p.uid }
 
-var errClosed = errors.New("the pod is closed")
+var errClosed = errors.New("the pod, or all of the capture, is closed")
 
 // Stats returns the pod's counters by name.
 func (p *Pod) Stats() (map[string]uint64, error) {
