@@ -1,5 +1,9 @@
-// Package balance chooses the endpoint that answers for a service. The choice
-// is a pure function of its arguments, chance included.
+// Package balance chooses the endpoint that answers for a service.
+//
+// Choose does it for connections, and is a pure function of its arguments,
+// chance included. A Group does it for requests: it remembers how busy each
+// endpoint is and which have failed. It reads no clock and starts nothing:
+// time and chance are given to it.
 package balance
 
 import (
