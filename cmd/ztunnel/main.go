@@ -10,7 +10,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
-	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -54,9 +53,9 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 	level.Set(l)
 	log := obs.NewLogger(out, c.logFormat, level)
 	reg := prometheus.NewRegistry()
-	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), build())
+	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), obs.Build("ztunnel"))
 
-	roots := newRootsFile(c, log)
+	roots := identity.NewRootsFile(c.rootsFile, c.trustDomain, log)
 	controlTLS := identity.ControlTLS(c.rootsFile, c.serverName())
 	issuer, err := issue.New(issue.Config{
 		Address: c.controlAddress, TLS: controlTLS, TokenFile: c.tokenFile, OnBehalf: true, Cluster: c.cluster,
@@ -74,7 +73,7 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 		return err
 	}
 	client, err := feed.NewClient(feed.ClientConfig{
-		Address: c.controlAddress, TLS: controlTLS, Token: tokenFrom(c.tokenFile), Store: store, Log: log, Registerer: reg,
+		Address: c.controlAddress, TLS: controlTLS, Token: identity.TokenFile(c.tokenFile), Store: store, Log: log, Registerer: reg,
 		Node: feed.NodeMeta{PodName: c.podName, Namespace: c.podNamespace, IP: ip, NodeName: c.nodeName, Cluster: c.cluster},
 	})
 	if err != nil {
@@ -116,8 +115,8 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 		turn.watch,
 		func(inner context.Context) error { return after.run(ctx, inner) },
 		func(ctx context.Context) error { return turn.serve(ctx, c.adminAddr, pages.admin()) },
-		func(ctx context.Context) error { return turn.serve(ctx, c.statsAddr, stats(reg)) },
-		func(ctx context.Context) error { return turn.serve(ctx, c.readyAddr, pages.health()) },
+		func(ctx context.Context) error { return turn.serve(ctx, c.statsAddr, obs.Stats(reg)) },
+		func(ctx context.Context) error { return turn.serve(ctx, c.readyAddr, obs.Health(pages.ready)) },
 	)
 }
 
@@ -162,7 +161,7 @@ func warm(ctx context.Context, client *feed.Client, agent *handoff.Client, proxy
 }
 
 // ready reports, as an error, why this ztunnel is not ready.
-func ready(client *feed.Client, agent *handoff.Client, roots *rootsFile) error {
+func ready(client *feed.Client, agent *handoff.Client, roots *identity.RootsFile) error {
 	select {
 	case <-client.Synced():
 	default:
@@ -176,24 +175,8 @@ func ready(client *feed.Client, agent *handoff.Client, roots *rootsFile) error {
 	if !agent.Connected() {
 		return errors.New("the node agent is not connected")
 	}
-	if !roots.loaded() {
+	if !roots.Loaded() {
 		return errors.New("there are no roots to verify peers by")
 	}
 	return nil
-}
-
-// tokenFrom returns a function that reads the token anew, because kubelet
-// replaces it.
-func tokenFrom(path string) func() (string, error) {
-	return func() (string, error) {
-		b, err := os.ReadFile(path)
-		if err != nil {
-			return "", fmt.Errorf("read service-account token: %w", err)
-		}
-		token := strings.TrimSpace(string(b))
-		if token == "" {
-			return "", fmt.Errorf("read service-account token: %s is empty", path)
-		}
-		return token, nil
-	}
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -274,60 +273,6 @@ func TestPortsAreGivenBack(t *testing.T) {
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)
-	}
-}
-
-func TestRootsFileFollowsTheFile(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "root-cert.pem")
-	c, err := parseConfig([]string{"--roots=" + path}, environment)
-	if err != nil {
-		t.Fatal(err)
-	}
-	log := discard()
-	r := newRootsFile(c, log)
-	if r.loaded() {
-		t.Error("roots without a file")
-	}
-	first := testca.New(t, "cluster.local")
-	write := func(b []byte) {
-		if err := os.WriteFile(path, b, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		r.read()
-	}
-	write(first.PEM())
-	if !r.loaded() {
-		t.Fatal("no roots after the file came")
-	}
-	write([]byte("not a certificate"))
-	if !r.loaded() {
-		t.Error("a broken file took the roots away")
-	}
-	write(append(first.PEM(), testca.New(t, "cluster.local").PEM()...))
-	if n := len(r.Certificates("cluster.local")); n != 2 {
-		t.Errorf("%d roots, want 2", n)
-	}
-}
-
-func TestTokenIsReadAnew(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "token")
-	token := tokenFrom(path)
-	if _, err := token(); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("without a file: %v", err)
-	}
-	for i, text := range []string{"one\n", "two"} {
-		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if got, err := token(); err != nil || got != strings.TrimSpace(text) {
-			t.Errorf("token %d: %q, %v", i, got, err)
-		}
-	}
-	if err := os.WriteFile(path, []byte(" \n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if got, err := token(); err == nil {
-		t.Errorf("an empty file is token %s", fmt.Sprintf("%q", got))
 	}
 }
 

@@ -1,23 +1,23 @@
-package main
+package identity
 
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"log/slog"
 	"os"
+	"strings"
 	"time"
-
-	"github.com/weft-mesh/weft/identity"
 )
 
 // rootsPause is how often the file with the roots is looked at. kubelet takes
 // about a minute to bring a change.
 const rootsPause = 5 * time.Second
 
-// rootsFile keeps Roots current with a file. The CA's answers change them too;
+// A RootsFile keeps Roots current with a file. The CA's answers change them too;
 // the file counts again when it changes.
-type rootsFile struct {
-	*identity.Roots
+type RootsFile struct {
+	*Roots
 	path        string
 	trustDomain string
 	log         *slog.Logger
@@ -25,16 +25,16 @@ type rootsFile struct {
 	complaint   string // the last one that was logged
 }
 
-// newRootsFile returns roots that are as the file is now, or empty if it cannot
-// be read; Run reads it again.
-func newRootsFile(c config, log *slog.Logger) *rootsFile {
-	r := &rootsFile{Roots: new(identity.Roots), path: c.rootsFile, trustDomain: c.trustDomain, log: log}
+// NewRootsFile returns the roots of a trust domain as the file at path has them
+// now, or none if it cannot be read; Run reads it again.
+func NewRootsFile(path, trustDomain string, log *slog.Logger) *RootsFile {
+	r := &RootsFile{Roots: new(Roots), path: path, trustDomain: trustDomain, log: log}
 	r.read()
 	return r
 }
 
 // Run follows the file until ctx ends.
-func (r *rootsFile) Run(ctx context.Context) error {
+func (r *RootsFile) Run(ctx context.Context) error {
 	tick := time.NewTicker(rootsPause)
 	defer tick.Stop()
 	for {
@@ -49,7 +49,7 @@ func (r *rootsFile) Run(ctx context.Context) error {
 
 // read takes over what the file says, if that is new. A file that is missing or
 // broken leaves the roots as they are.
-func (r *rootsFile) read() {
+func (r *RootsFile) read() {
 	text, err := os.ReadFile(r.path)
 	if err == nil && !bytes.Equal(text, r.last) {
 		if err = r.Update(r.trustDomain, text); err == nil {
@@ -66,5 +66,21 @@ func (r *rootsFile) read() {
 	}
 }
 
-// loaded reports whether anybody is trusted.
-func (r *rootsFile) loaded() bool { return len(r.Certificates(r.trustDomain)) > 0 }
+// Loaded reports whether anybody is trusted.
+func (r *RootsFile) Loaded() bool { return len(r.Certificates(r.trustDomain)) > 0 }
+
+// TokenFile returns a function that reads a service-account token from a file,
+// anew each time, because kubelet replaces it.
+func TokenFile(path string) func() (string, error) {
+	return func() (string, error) {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return "", fmt.Errorf("read service-account token: %w", err)
+		}
+		token := strings.TrimSpace(string(b))
+		if token == "" {
+			return "", fmt.Errorf("read service-account token: %s is empty", path)
+		}
+		return token, nil
+	}
+}
