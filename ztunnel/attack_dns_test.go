@@ -37,11 +37,12 @@ func TestNamePortAnswersNobody(t *testing.T) {
 		// The same query, to a name server, is answered: after all of these.
 		c := connected(t, s.client.Host, "udp", netip.AddrPortFrom(to.server, 53))
 		var m dnsmessage.Message
-		if err := m.Unpack(exchange(t, c, query)); err != nil || len(m.Answers) != 1 {
+		answer, sent := ask(t, c, query)
+		if err := m.Unpack(answer); err != nil || len(m.Answers) != 1 {
 			t.Fatalf("the pod's own query: %+v, %v", m, err)
 		}
-		if got := s.one.sum("istio_dns_requests_total") - asked; got != 1 {
-			t.Errorf("%v queries were served, want the pod's one", got)
+		if got := s.one.sum("istio_dns_requests_total") - asked; got < 1 || got > float64(sent) {
+			t.Errorf("%v queries were served, want the pod's %d", got, sent)
 		}
 		for name, c := range senders {
 			c.SetReadDeadline(time.Now().Add(10 * time.Millisecond))

@@ -197,11 +197,7 @@ func TestPlainInbound(t *testing.T) {
 	}
 
 	p.setPolicies(strict())
-	began := time.Now()
 	outsider.refused(p.server.plain)
-	if took := time.Since(began); took > 2*time.Second {
-		t.Errorf("refusing took %v", took)
-	}
 	p.serverNode.logged("denied by policy shop/strict")
 	if err := roundTrip(p.client.dial(p.service), "through the tunnel"); err != nil {
 		t.Errorf("STRICT: the mesh client: %v", err)

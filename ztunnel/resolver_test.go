@@ -313,17 +313,33 @@ func connected(t testing.TB, h *testnet.Host, network string, to netip.AddrPort)
 	return c
 }
 
+// exchange asks and, as resolvers do, asks again after a while: a datagram may
+// be lost.
 func exchange(t testing.TB, c net.Conn, query []byte) []byte {
 	t.Helper()
-	if _, err := c.Write(query); err != nil {
-		t.Fatal(err)
-	}
+	b, _ := ask(t, c, query)
+	return b
+}
+
+// ask is exchange that says how often it has asked.
+func ask(t testing.TB, c net.Conn, query []byte) (answer []byte, sent int) {
+	t.Helper()
 	b := make([]byte, 65535)
-	n, err := c.Read(b)
-	if err != nil {
-		t.Fatalf("no answer: %v", err)
+	for n := range 20 {
+		if _, err := c.Write(query); err != nil {
+			t.Fatal(err)
+		}
+		c.SetReadDeadline(time.Now().Add(2 * time.Second))
+		size, err := c.Read(b)
+		if err == nil {
+			return b[:size], n + 1
+		}
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("no answer: %v", err)
+		}
 	}
-	return b[:n]
+	t.Fatal("no answer to any of 20 queries")
+	return nil, 0
 }
 
 // Whoever can send packets to the pod must not be able to answer for its name
@@ -378,8 +394,8 @@ func TestSpoofedAnswersArePassedOver(t *testing.T) {
 	}
 	server.mu.Lock()
 	defer server.mu.Unlock()
-	if len(server.ids) < 19 {
-		t.Errorf("20 queries went out with %d different IDs", len(server.ids))
+	if n := len(server.seen); n < 20 || len(server.ids) < n-1 {
+		t.Errorf("%d queries went out with %d different IDs", n, len(server.ids))
 	}
 	small := 0
 	for id := range server.ids {
@@ -392,8 +408,9 @@ func TestSpoofedAnswersArePassedOver(t *testing.T) {
 	}
 }
 
-// A pod that floods, with queries that no server answers, must not keep
-// another from its answers, nor itself from names of the mesh.
+// A pod that floods, with queries that no server answers, must not keep another
+// from its answers. Those ask again as often as they like: a datagram may be
+// lost on the way, but who has to wait for the flood's places waits for ever.
 func TestFloodOfOnePodIsItsOwn(t *testing.T) {
 	s, _ := nameStreet(t)
 	at := netip.AddrPortFrom(s.outside.V4, 53)
@@ -422,16 +439,50 @@ func TestFloodOfOnePodIsItsOwn(t *testing.T) {
 	eventually(t, "more queries than there are places", func() bool {
 		return s.one.sum("istio_dns_upstream_failures_total") > 100 && sent.Load() > 2*maxUpstream
 	})
-	began := time.Now()
-	for i := range 50 {
-		got, err := resolve(s.server.Host, s.outside.V4, "ip4", fmt.Sprintf("n%d.example.net.", i))
-		if err != nil || len(got) != 1 {
-			t.Fatalf("another pod got %v, %v", got, err)
+	for i := range uint16(50) {
+		c := connected(t, s.server.Host, "udp", at)
+		var m dnsmessage.Message
+		if err := m.Unpack(exchange(t, c, question(t, i, fmt.Sprintf("n%d.example.net.", i), dnsmessage.TypeA))); err != nil {
+			t.Fatal(err)
+		}
+		if m.RCode != dnsmessage.RCodeSuccess || len(m.Answers) != 1 {
+			t.Fatalf("another pod got %+v", m)
 		}
 	}
-	t.Logf("50 names of another pod took %v while %d queries were sent", time.Since(began), sent.Load())
-	if got, err := resolve(s.client.Host, s.outside.V4, "ip4", "cart.shop.svc.cluster.local."); err != nil || len(got) != 1 {
-		t.Errorf("the pod itself got %v, %v for a name of the mesh", got, err)
+}
+
+// A pod whose queries take all of its places at name servers, because those do
+// not answer, still gets the names of the mesh; and no more than the places are
+// taken.
+func TestNamesOfTheMeshNeedNoPlace(t *testing.T) {
+	s, server := nameStreet(t)
+	at := netip.AddrPortFrom(s.outside.V4, 53)
+	s.one.mu.Lock()
+	r := s.one.pods["uid-client"].resolver
+	s.one.mu.Unlock()
+	for range maxUpstream { // as if so many waited
+		r.waiting <- struct{}{}
+	}
+	c := connected(t, s.client.Host, "udp", at)
+	if got := exchange(t, c, question(t, 7, "cart.shop.svc.cluster.local.", dnsmessage.TypeA)); binary.BigEndian.Uint16(got) != 7 {
+		t.Errorf("for a name of the mesh the pod got %x", got)
+	}
+	eventually(t, "a query to be dropped", func() bool {
+		if _, err := c.Write(question(t, 8, "www.example.net.", dnsmessage.TypeA)); err != nil {
+			t.Fatal(err)
+		}
+		return s.one.sum("istio_dns_upstream_failures_total") > 0
+	})
+	if server.askedFor("www.example.net.") {
+		t.Error("a query went out though every place was taken")
+	}
+	for range maxUpstream {
+		<-r.waiting
+	}
+	for m := (dnsmessage.Message{}); m.ID != 9; { // answers to 8 may come too: its last repetition was after that
+		if err := m.Unpack(exchange(t, c, question(t, 9, "www.example.net.", dnsmessage.TypeA))); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
@@ -461,15 +512,14 @@ func TestOddPacketsToNameServers(t *testing.T) {
 func TestNameServerThatRefuses(t *testing.T) {
 	s, _ := nameStreet(t)
 	c := connected(t, s.client.Host, "udp", netip.AddrPortFrom(s.one.host.V4, 53)) // nobody listens there
-	began := time.Now()
 	var m dnsmessage.Message
 	if err := m.Unpack(exchange(t, c, question(t, 5, "www.example.net.", dnsmessage.TypeA))); err != nil {
 		t.Fatal(err)
 	}
-	if m.RCode != dnsmessage.RCodeServerFailure || m.ID != 5 || time.Since(began) > upstreamTimeout/2 {
-		t.Errorf("after %v: %+v, want a server failure at once", time.Since(began), m.Header)
+	if m.RCode != dnsmessage.RCodeServerFailure || m.ID != 5 { // a server that is silent is not answered for
+		t.Errorf("%+v, want a server failure", m.Header)
 	}
-	if got := s.one.sum("istio_dns_upstream_failures_total"); got != 1 {
+	if got := s.one.sum("istio_dns_upstream_failures_total"); got < 1 {
 		t.Errorf("%v failures counted, want 1", got)
 	}
 }
@@ -648,19 +698,21 @@ func TestNameQueriesDuringARollout(t *testing.T) {
 	both := func() float64 {
 		return s.one.sum("istio_dns_requests_total") + successor.sum("istio_dns_requests_total")
 	}
-	c := connected(t, s.client.Host, "udp", netip.AddrPortFrom(s.outside.V4, 53))
+	at, sent := netip.AddrPortFrom(s.outside.V4, 53), 0
 	for id := range uint16(50) {
-		if got := exchange(t, c, question(t, id, "cart.shop.svc.cluster.local.", dnsmessage.TypeA)); binary.BigEndian.Uint16(got) != id {
+		got, n := ask(t, connected(t, s.client.Host, "udp", at), question(t, id, "cart.shop.svc.cluster.local.", dnsmessage.TypeA))
+		if binary.BigEndian.Uint16(got) != id {
 			t.Fatalf("answer %x to ID %d", got, id)
 		}
+		sent += n
 	}
-	if got := both(); got != 50 {
-		t.Errorf("50 queries were read %v times", got)
+	if got := both(); got < 50 || got > float64(sent) {
+		t.Errorf("%d queries were read %v times", sent, got)
 	}
 	s.one.stop()
 	before := s.one.sum("istio_dns_requests_total")
 	for id := range uint16(50) {
-		if got := exchange(t, c, question(t, id, "www.example.net.", dnsmessage.TypeA)); binary.BigEndian.Uint16(got) != id {
+		if got := exchange(t, connected(t, s.client.Host, "udp", at), question(t, id, "www.example.net.", dnsmessage.TypeA)); binary.BigEndian.Uint16(got) != id {
 			t.Fatalf("answer %x to ID %d", got, id)
 		}
 	}
