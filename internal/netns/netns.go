@@ -19,13 +19,12 @@ import (
 // for Close.
 type NS struct {
 	file *os.File
-
-	// home is the namespace of the process, to which threads come back. It is
-	// opened by the first Do, on a thread that is there.
-	once  sync.Once
-	home  *os.File
-	noWay error
 }
+
+// home is the namespace of the process, to which threads come back. It is one
+// descriptor for all, which stays open. Whoever asks first must be on a thread
+// that is at home.
+var home = sync.OnceValues(func() (*os.File, error) { return os.Open("/proc/thread-self/ns/net") })
 
 // An ID tells namespaces apart: the device and inode number of the namespace
 // file (namespaces(7)). It is comparable; the zero ID is no namespace. An
@@ -68,13 +67,7 @@ func newNS(f *os.File) (*NS, error) {
 }
 
 // Close lets go of the namespace.
-func (n *NS) Close() error {
-	err := n.file.Close()
-	if n.home != nil {
-		err = errors.Join(err, n.home.Close())
-	}
-	return err
-}
+func (n *NS) Close() error { return n.file.Close() }
 
 // Fd returns the descriptor. It is n's, and valid until Close.
 func (n *NS) Fd() int { return int(n.file.Fd()) }
@@ -109,10 +102,10 @@ func (n *NS) Do(f func() error) error {
 		// the thread is home or about to end.
 		defer func() { done <- err }()
 		runtime.LockOSThread() // a goroutine that ends locked takes its thread with it
-		n.once.Do(func() { n.home, n.noWay = os.Open("/proc/thread-self/ns/net") })
-		if n.noWay != nil {
+		back, e := home()
+		if e != nil {
 			runtime.UnlockOSThread()
-			err = fmt.Errorf("remember the network namespace: %w", n.noWay)
+			err = fmt.Errorf("remember the network namespace: %w", e)
 			return
 		}
 		if e := unix.Setns(n.Fd(), unix.CLONE_NEWNET); e != nil {
@@ -121,7 +114,7 @@ func (n *NS) Do(f func() error) error {
 			return
 		}
 		defer func() {
-			if unix.Setns(int(n.home.Fd()), unix.CLONE_NEWNET) == nil {
+			if unix.Setns(int(back.Fd()), unix.CLONE_NEWNET) == nil {
 				runtime.UnlockOSThread()
 			}
 		}()
