@@ -5,9 +5,13 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // The applications that most tests use: two namespaces in the mesh, one
@@ -122,6 +126,31 @@ func apply(t *testing.T, yaml string) {
 		if _, err := world.c.KubectlInput(context.Background(), yaml, "delete", "--ignore-not-found", "--wait=false", "-f", "-"); err != nil {
 			t.Error(err)
 		}
+	})
+}
+
+// ready waits until all pods of a namespace are ready. Those that a test before
+// has deleted may still be going.
+func ready(t *testing.T, ns string) {
+	t.Helper()
+	poll(t, 2*time.Minute, func() error {
+		pods, err := world.kube.CoreV1().Pods(ns).List(t.Context(), metav1.ListOptions{})
+		if err != nil {
+			return err
+		}
+		waits := []string{}
+		for _, p := range pods.Items {
+			is := slices.ContainsFunc(p.Status.Conditions, func(c corev1.PodCondition) bool {
+				return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue
+			})
+			if !is && p.DeletionTimestamp == nil {
+				waits = append(waits, fmt.Sprintf("%s (%s)", p.Name, p.Status.Phase))
+			}
+		}
+		if len(waits) > 0 {
+			return fmt.Errorf("not ready in %s: %s", ns, strings.Join(waits, ", "))
+		}
+		return nil
 	})
 }
 

@@ -23,7 +23,7 @@ func TestNames(t *testing.T) {
 	const ns = "names"
 	apart := podYAML(ns, "apart", "node1", "args: [sleep]", `annotations: {ambient.istio.io/dns-capture: "false"}`)
 	apply(t, namespaceYAML(ns, "ambient")+podYAML(ns, "asks", "node1", "args: [sleep]")+apart)
-	kubectl(t, "wait", "-n", ns, "--for=condition=Ready", "pod", "--all", "--timeout=60s")
+	ready(t, ns)
 	wantCaptured(t, ns, "asks", true)
 	wantCaptured(t, ns, "apart", true)
 	near4, _ := addresses(t, meshed, "near")

@@ -46,7 +46,7 @@ func wantMeshed(t *testing.T, ns, client string, want bool) {
 func TestLabelOnAndOff(t *testing.T) {
 	const ns = "joins"
 	apply(t, namespaceYAML(ns, "")+podYAML(ns, "client", "node1", "args: [sleep]")+podYAML(ns, "pivot", "node2", "args: [server]"))
-	kubectl(t, "wait", "-n", ns, "--for=condition=Ready", "pod", "--all", "--timeout=60s")
+	ready(t, ns)
 	apply(t, peerAuthentication("v1", "default", "STRICT"))
 	wantMeshed(t, ns, "client", false)
 	pivot4, pivot6 := addresses(t, ns, "pivot")
@@ -109,7 +109,7 @@ func TestLabelResetsIfAsked(t *testing.T) {
 	const ns = "resets"
 	apply(t, strings.Replace(namespaceYAML(ns, ""), "{name: resets", `{name: resets, annotations: {ambient.weft.dev/existing-connections: reset}`, 1)+
 		podYAML(ns, "pivot", "node2", "args: [server]"))
-	kubectl(t, "wait", "-n", ns, "--for=condition=Ready", "pod", "--all", "--timeout=60s")
+	ready(t, ns)
 	pivot4, _ := addresses(t, ns, "pivot")
 	near4, _ := addresses(t, outside, "near")
 	loads := []*load{startLoad(t, outside, "client", "-to", pivot4.String()), startLoad(t, ns, "pivot", "-to", near4.String())}
@@ -235,7 +235,7 @@ func TestProbesUnderNetworkPolicy(t *testing.T) {
 		}
 	}
 	apply(t, y)
-	kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod", "--all", "--timeout=60s")
+	ready(t, meshed)
 	for _, node := range nodes {
 		t.Run(node, func(t *testing.T) {
 			own4, own6 := ownAddresses(t, node)

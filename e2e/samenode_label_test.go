@@ -14,7 +14,7 @@ import (
 func TestSameNodeByNamespace(t *testing.T) {
 	const ns = "fast"
 	apply(t, namespaceYAML(ns, "ambient")+podYAML(ns, "client", "node1", "args: [sleep]")+podYAML(ns, "server", "node1", "args: [server]"))
-	kubectl(t, "wait", "-n", ns, "--for=condition=Ready", "pod", "--all", "--timeout=60s")
+	ready(t, ns)
 	wantCaptured(t, ns, "client", true)
 	wantCaptured(t, ns, "server", true)
 	client, _ := addresses(t, ns, "client")

@@ -18,7 +18,7 @@ import (
 // back all is well by itself.
 func TestAgentAndZtunnelAway(t *testing.T) {
 	apply(t, aliveYAML()+peerAuthentication("v1", "default", "STRICT"))
-	kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod", "--all", "--timeout=90s")
+	ready(t, meshed)
 	wantServed(t, outside, "client", "near", false)
 	alive := restarts(t)
 	patch := func(value string) {

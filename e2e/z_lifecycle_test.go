@@ -111,7 +111,7 @@ func TestPodsDeletedWhileTheyAreEnrolled(t *testing.T) {
 		if _, err := world.c.KubectlInput(t.Context(), y.String(), "apply", "-f", "-"); err != nil {
 			t.Fatal(err)
 		}
-		kubectl(t, "wait", "-n", ns, "--for=condition=Ready", "pod", "--all", "--timeout=60s")
+		ready(t, ns)
 		// At once: the kubectl that comes second is a few tens of milliseconds
 		// behind, or ahead.
 		var both sync.WaitGroup
@@ -149,7 +149,7 @@ func TestAgentKilledWhilePodsJoin(t *testing.T) {
 		y += podYAML(ns, fmt.Sprintf("pod-%d", i), "node1", "args: [sleep]")
 	}
 	apply(t, y)
-	kubectl(t, "wait", "-n", ns, "--for=condition=Ready", "pod", "--all", "--timeout=60s")
+	ready(t, ns)
 	before := len(pinned(t, "node1"))
 	kubectl(t, "label", "namespace", ns, "istio.io/dataplane-mode=ambient")
 	kill(t, "node1", "weft-node")

@@ -391,7 +391,7 @@ func TestFaultMatrix(t *testing.T) {
 	y.WriteString(podYAML(meshed, "load1", "node1", "args: [sleep]") + podYAML(meshed, "load2", "node2", "args: [sleep]"))
 	y.WriteString(aliveYAML() + peerAuthentication("v1", "default", "STRICT"))
 	apply(t, y.String())
-	kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod", "--all", "--timeout=90s")
+	ready(t, meshed)
 	wantServed(t, outside, "client", "near", false)
 
 	address := map[string]netip.Addr{}

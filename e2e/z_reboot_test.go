@@ -106,7 +106,7 @@ func TestNodeReboots(t *testing.T) {
 		}
 	}
 	apply(t, y)
-	kubectl(t, "wait", "-n", ns, "--for=condition=Ready", "pod", "--all", "--timeout=90s")
+	ready(t, ns)
 	var mu sync.Mutex
 	boots, good, slowest := 0, 0, time.Duration(0)
 	boot := func(t *testing.T, node string, do func()) {
