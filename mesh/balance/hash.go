@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/binary"
 	"encoding/hex"
+	"math/bits"
 	"slices"
 	"strconv"
 
@@ -110,16 +111,11 @@ func (h *hashes) makeRing(size uint64) {
 	for _, e := range h.ends {
 		sum += e.weight
 	}
-	// Points per weight are a power of two: so a few endpoints more or less do
-	// not change how many points the others have.
-	per := uint64(1)
-	for per*sum < size {
-		per *= 2
-	}
 	for i, e := range h.ends {
-		n := e.weight * per
-		if sum > maxRing {
-			n = max(1, uint64(float64(maxRing)*float64(e.weight)/float64(sum)))
+		hi, lo := bits.Mul64(size, e.weight)
+		n, rest := bits.Div64(hi, lo, sum)
+		if rest > 0 {
+			n++
 		}
 		base := sessionHash(e.state.key)
 		for k := range n {
