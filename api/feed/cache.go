@@ -22,31 +22,52 @@ type cache struct {
 	workloads map[string]*mesh.Workload
 	services  map[string]*mesh.Service
 	policies  map[string]*mesh.Policy
+	targeted  map[string]*mesh.Policy // those of ScopeTarget
+	routes    map[string]*mesh.Route
+	traffic   map[string]*mesh.TrafficPolicy
+	waypoints map[string]*mesh.Waypoint
+	types     []string                     // that are subscribed to, in the order to ask for them
 	versions  map[string]map[string]string // by type and name: what was accepted
 	answered  map[string]bool              // by type: there has been a response
 	views     uint64                       // how many were made
 	doubts    []error                      // about what was accepted; the owner logs and clears them
 }
 
-func newCache() *cache {
-	return &cache{
+// newCache returns an empty cache for what a proxy of the role subscribes to.
+func newCache(role string) *cache {
+	c := &cache{
 		workloads: map[string]*mesh.Workload{},
 		services:  map[string]*mesh.Service{},
 		policies:  map[string]*mesh.Policy{},
-		versions:  map[string]map[string]string{TypeAddress: {}, TypeAuthorization: {}},
+		targeted:  map[string]*mesh.Policy{},
+		routes:    map[string]*mesh.Route{},
+		traffic:   map[string]*mesh.TrafficPolicy{},
+		waypoints: map[string]*mesh.Waypoint{},
+		types:     []string{TypeAuthorization, TypeAddress},
+		versions:  map[string]map[string]string{},
 		answered:  map[string]bool{},
 	}
+	if role == RoleWaypoint {
+		c.types = sending()
+	}
+	for _, url := range c.types {
+		c.versions[url] = map[string]string{}
+	}
+	return c
 }
 
-// complete reports whether both types have been answered, so that what is not
+// complete reports whether all types have been answered, so that what is not
 // here is not in the mesh.
-func (c *cache) complete() bool { return c.answered[TypeAddress] && c.answered[TypeAuthorization] }
+func (c *cache) complete() bool {
+	return !slices.ContainsFunc(c.types, func(url string) bool { return !c.answered[url] })
+}
 
 // view makes the View of what is here now.
 func (c *cache) view() *view.View {
 	c.views++
-	return view.Of(strconv.FormatUint(c.views, 10),
-		values(c.workloads), values(c.services), values(c.policies))
+	return view.WithL7(strconv.FormatUint(c.views, 10),
+		values(c.workloads), values(c.services), slices.Concat(values(c.policies), values(c.targeted)),
+		view.L7{Routes: values(c.routes), TrafficPolicies: values(c.traffic), Waypoints: values(c.waypoints)})
 }
 
 func values[T any](m map[string]*T) []*T {
@@ -77,11 +98,16 @@ func (c *cache) apply(r *discovery.DeltaDiscoveryResponse) error {
 			c.standIn(r.GetTypeUrl(), x.GetName())
 		case r.GetTypeUrl() == TypeAddress:
 			err = c.setAddress(x.GetName(), x.GetResource().GetValue())
-		default:
+		case r.GetTypeUrl() == TypeAuthorization:
 			err = c.setPolicy(x.GetName(), x.GetResource().GetValue())
+		default:
+			err = c.setObject(r.GetTypeUrl(), x.GetName(), x.GetResource().GetValue())
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("resource %q: %w", x.GetName(), err))
+			if slices.Contains(ofRequests(), r.GetTypeUrl()) {
+				delete(versions, x.GetName()) // what was known of it is in force no more
+			}
 			continue
 		}
 		versions[x.GetName()] = x.GetVersion()
@@ -92,12 +118,21 @@ func (c *cache) apply(r *discovery.DeltaDiscoveryResponse) error {
 
 func (c *cache) remove(url, name string) {
 	delete(c.versions[url], name)
-	if url == TypeAuthorization {
+	switch url {
+	case TypeAddress:
+		delete(c.workloads, name)
+		delete(c.services, name)
+	case TypeAuthorization:
 		delete(c.policies, name)
-		return
+	case TypePolicy:
+		delete(c.targeted, name)
+	case TypeRoute:
+		delete(c.routes, name)
+	case TypeTrafficPolicy:
+		delete(c.traffic, name)
+	case TypeWaypoint:
+		delete(c.waypoints, name)
 	}
-	delete(c.workloads, name)
-	delete(c.services, name)
 }
 
 // setAddress reads a workload or service.
@@ -169,6 +204,10 @@ func (c *cache) doubt(err error) {
 // standIn puts a policy that denies in its whole namespace where one could not
 // be read and none was known.
 func (c *cache) standIn(url, name string) {
+	if slices.Contains(ofRequests(), url) {
+		_ = c.setObject(url, name, nil) // nothing is never understood
+		return
+	}
 	if _, known := c.policies[name]; url != TypeAuthorization || known {
 		return
 	}

@@ -34,7 +34,7 @@ const maxReceive = 200 << 20
 
 // NodeMeta says which proxy a Client speaks for.
 type NodeMeta struct {
-	Role      string // empty is "ztunnel"
+	Role      string // empty is "ztunnel"; RoleWaypoint is told more
 	PodName   string
 	Namespace string
 	IP        netip.Addr
@@ -110,7 +110,7 @@ func NewClient(cfg ClientConfig) (*Client, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	return &Client{cfg: cfg, metrics: newClientMetrics(cfg.Registerer), synced: make(chan struct{}), cache: newCache()}, nil
+	return &Client{cfg: cfg, metrics: newClientMetrics(cfg.Registerer), synced: make(chan struct{}), cache: newCache(cfg.Node.Role)}, nil
 }
 
 // Synced returns a channel that is closed when the Store holds its first View.
@@ -212,7 +212,7 @@ func (c *Client) connect(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("subscribe: %w", err)
 	}
-	for _, url := range []string{TypeAuthorization, TypeAddress} {
+	for _, url := range c.cache.types {
 		// A failed Send says nothing but EOF; Recv has the reason.
 		if rpc.Send(c.subscribe(url)) != nil {
 			break

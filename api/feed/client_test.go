@@ -53,7 +53,7 @@ func TestClientFollowsServer(t *testing.T) {
 	c.until(t, "a removed workload", func(v *view.View) bool { return !has(1)(v) })
 	w.server.SetPolicies(nil)
 	c.until(t, "a removed policy", func(v *view.View) bool { return v.Policy(p.Name) == nil })
-	w.server.SetServices(nil)
+	w.server.UpdateWorld(Resources{}, nil, time.Now())
 	c.until(t, "a removed service", func(v *view.View) bool { return v.ServiceByName(s.Name) == nil })
 	if n := count(c.metrics.messages.WithLabelValues(TypeAddress)); n < 3 {
 		t.Errorf("%v messages counted, want at least 3", n)
@@ -61,7 +61,7 @@ func TestClientFollowsServer(t *testing.T) {
 }
 
 func TestHalfAnAnswerIsNoView(t *testing.T) {
-	c := newCache()
+	c := newCache("")
 	if err := c.apply(&discovery.DeltaDiscoveryResponse{TypeUrl: TypeAddress}); err != nil {
 		t.Fatal(err)
 	}
@@ -136,7 +136,7 @@ func TestClientNacksWhatItCannotRead(t *testing.T) {
 	w.server.SetSynced()
 	c := w.proxy(nil)
 	c.until(t, "the mesh", has(1))
-	w.server.edit(func() {
+	w.server.edit(time.Now(), func() {
 		w.server.tables[TypeAuthorization].set(bad(TypeAuthorization, "shop/a", "\xff\xff"))
 		w.server.tables[TypeAuthorization].set(bad(TypeAuthorization, "shop/new", "\xff\xff"))
 		w.server.tables[TypeAddress].set(bad(TypeAddress, string(pod(1).UID), "\xff\xff"))
@@ -167,7 +167,7 @@ func TestClientNacksWhatItCannotRead(t *testing.T) {
 }
 
 func TestRefusedResourcesAreAskedForAgain(t *testing.T) {
-	c := newCache()
+	c := newCache("")
 	r := &discovery.DeltaDiscoveryResponse{TypeUrl: TypeAuthorization, Resources: []*discovery.Resource{
 		{Name: "shop/bad", Version: "1", Resource: &anypb.Any{TypeUrl: TypeAuthorization, Value: []byte{0xff}}},
 		must(encodePolicy(deny("good"))).message,
@@ -193,7 +193,7 @@ func TestResourcesThatAreNotWhatTheyAreCalled(t *testing.T) {
 		"neither workload nor service": {TypeAddress, &discovery.Resource{Name: "u", Resource: &anypb.Any{TypeUrl: TypeAddress}}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := newCache()
+			c := newCache("")
 			if err := c.apply(&discovery.DeltaDiscoveryResponse{TypeUrl: x.url, Resources: []*discovery.Resource{x.res}}); err == nil {
 				t.Error("no error")
 			}
@@ -202,7 +202,7 @@ func TestResourcesThatAreNotWhatTheyAreCalled(t *testing.T) {
 			}
 		})
 	}
-	if err := newCache().apply(&discovery.DeltaDiscoveryResponse{TypeUrl: "other"}); err == nil {
+	if err := newCache("").apply(&discovery.DeltaDiscoveryResponse{TypeUrl: "other"}); err == nil {
 		t.Error("a type that was not asked for was accepted")
 	}
 }
@@ -212,12 +212,12 @@ func TestWorkloadStandIn(t *testing.T) {
 	m.Waypoint = &pb.GatewayAddress{}
 	x := must(encode(TypeAddress, m.Uid, nil, &pb.Address{Type: &pb.Address_Workload{Workload: m}}))
 	r := &discovery.DeltaDiscoveryResponse{TypeUrl: TypeAddress, Resources: []*discovery.Resource{x.message}}
-	c := newCache()
+	c := newCache("")
 	if err := c.apply(r); err == nil {
 		t.Fatal("no error")
 	}
 	refuses(t, *c.workloads[m.Uid])
-	c = newCache()
+	c = newCache("")
 	c.setAddress(m.Uid, must(encodeWorkload(pod(1))).message.Resource.Value)
 	if err := c.apply(r); err == nil || c.workloads[m.Uid].Transport != mesh.HBONE {
 		t.Error("a workload that could not be read replaced the one that was known")

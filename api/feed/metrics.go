@@ -15,6 +15,14 @@ func shortType(url string) string {
 		return "address"
 	case TypeAuthorization:
 		return "authorization"
+	case TypeRoute:
+		return "route"
+	case TypeTrafficPolicy:
+		return "trafficpolicy"
+	case TypePolicy:
+		return "policy"
+	case TypeWaypoint:
+		return "waypoint"
 	}
 	return "other"
 }
@@ -26,6 +34,7 @@ type serverMetrics struct {
 	rejects   *prometheus.CounterVec
 	took      *prometheus.HistogramVec
 	size      *prometheus.HistogramVec
+	converged prometheus.Histogram
 }
 
 func newServerMetrics(reg prometheus.Registerer) *serverMetrics {
@@ -48,8 +57,13 @@ func newServerMetrics(reg prometheus.Registerer) *serverMetrics {
 			Name: "pilot_xds_config_size_bytes", Help: "Size of the responses sent to proxies.",
 			Buckets: []float64{1, 10_000, 1_000_000, 4_000_000, 10_000_000, 40_000_000},
 		}, byType),
+		converged: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "pilot_proxy_convergence_time",
+			Help:    "Seconds from noticing a change until a proxy has it in force, by its acknowledgement; one for each proxy it concerns.",
+			Buckets: []float64{.005, .01, .025, .05, .1, .2, .3, .5, 1, 3, 5, 10, 20, 30},
+		}),
 	}
-	reg.MustRegister(m.connected, m.pushes, m.rejects, m.took, m.size)
+	reg.MustRegister(m.connected, m.pushes, m.rejects, m.took, m.size, m.converged)
 	return m
 }
 

@@ -75,10 +75,21 @@ func fromMatch(x mesh.Match) *pb.Match {
 		DestinationPorts:    each(x.DestinationPorts, func(p uint16) uint32 { return uint32(p) }),
 		NotDestinationPorts: each(x.NotDestPorts, func(p uint16) uint32 { return uint32(p) }),
 	}
-	if x.Unknown {
+	if x.Unknown || ofRequest(x) {
 		m.Extensions = []*pb.Extension{{Name: unknownCondition}}
 	}
 	return m
+}
+
+// ofRequest reports whether x has a condition that is known of requests only,
+// for which this message has no words.
+func ofRequest(x mesh.Match) bool {
+	for _, list := range [][]mesh.StringMatch{x.Methods, x.NotMethods, x.Hosts, x.NotHosts, x.Paths, x.NotPaths} {
+		if len(list) > 0 {
+			return true
+		}
+	}
+	return len(x.Headers)+len(x.RemoteIPs)+len(x.NotRemoteIPs) > 0
 }
 
 // each translates a list; an empty one stays nil.

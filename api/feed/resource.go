@@ -19,6 +19,11 @@ type Resources struct {
 	Workloads []mesh.Workload
 	Services  []mesh.Service
 	Policies  []mesh.Policy
+
+	// Only waypoints are told these, and the policies of ScopeTarget.
+	Routes          []mesh.Route
+	TrafficPolicies []mesh.TrafficPolicy
+	Waypoints       []mesh.Waypoint
 }
 
 // A resource is one object, ready to be sent. It is immutable.

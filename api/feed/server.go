@@ -26,6 +26,8 @@ import (
 type Subscriber struct {
 	Identity mesh.Identity
 	Node     string // the Kubernetes node it runs on; empty if not known
+	// Role is RoleWaypoint for those who may know what waypoints do.
+	Role string
 }
 
 // ServerOptions are what a grpc.Server needs to carry a Server: requests may
@@ -81,9 +83,18 @@ func NewServer(log *slog.Logger, reg prometheus.Registerer, auth func(ctx contex
 		auth:    auth,
 		metrics: newServerMetrics(reg),
 		synced:  make(chan struct{}),
-		tables:  map[string]*table{TypeAddress: newTable(), TypeAuthorization: newTable()},
+		tables:  newTables(),
 		streams: map[*stream]bool{},
 	}
+}
+
+// newTables returns an empty table for each type.
+func newTables() map[string]*table {
+	tables := map[string]*table{}
+	for _, url := range sending() {
+		tables[url] = newTable()
+	}
+	return tables
 }
 
 // Register adds the service to g, which was made with ServerOptions.
@@ -93,15 +104,33 @@ func (s *Server) Register(g *grpc.Server) { discovery.RegisterAggregatedDiscover
 // that, half a mesh could be taken for the whole.
 func (s *Server) SetSynced() { s.syncedOnce.Do(func() { close(s.synced) }) }
 
-// Update replaces the whole state in one step. On the wire new policies go
-// first, then workloads and services, then the removal of policies, so that a
-// proxy never misses one that a workload lists.
+// Update replaces the whole state in one step. On the wire what is new goes
+// before what refers to it, and what is gone after: a proxy never misses a
+// policy that a workload lists, nor a service that a route leads to.
 func (s *Server) Update(r Resources) {
-	addresses := slices.Concat(encodeAll(s.log, r.Workloads, encodeWorkload), encodeAll(s.log, r.Services, encodeService))
-	policies := encodeAll(s.log, r.Policies, encodePolicy)
-	s.edit(func() {
-		s.tables[TypeAddress].replace(addresses, func(*resource) bool { return true })
-		s.tables[TypeAuthorization].replace(policies, func(*resource) bool { return true })
+	rows := s.encode(r)
+	s.edit(time.Now(), func() {
+		for url, t := range s.tables {
+			t.replace(rows[url], all)
+		}
+	})
+}
+
+// UpdateWorld is Update for one who knows which workloads have changed:
+// r.Workloads are those, and del are gone. since is when the first of the
+// changes was noticed; the time until proxies have them counts from there.
+func (s *Server) UpdateWorld(r Resources, del []mesh.UID, since time.Time) {
+	rows := s.encode(Resources{Services: r.Services, Policies: r.Policies, Routes: r.Routes, TrafficPolicies: r.TrafficPolicies, Waypoints: r.Waypoints})
+	workloads := encodeAll(s.log, r.Workloads, encodeWorkload)
+	s.edit(since, func() {
+		for url, t := range s.tables {
+			mine := all
+			if url == TypeAddress {
+				mine = func(r *resource) bool { return r.service != mesh.ServiceName{} }
+			}
+			t.replace(rows[url], mine)
+		}
+		s.tables[TypeAddress].apply(workloads, del)
 	})
 }
 
@@ -109,30 +138,40 @@ func (s *Server) Update(r Resources) {
 // del. A policy that is listed for the first time must have been set before.
 func (s *Server) UpdateWorkloads(set []mesh.Workload, del []mesh.UID) {
 	rows := encodeAll(s.log, set, encodeWorkload)
-	s.edit(func() {
-		t := s.tables[TypeAddress]
-		for _, u := range del {
-			t.remove(string(u))
-		}
-		for _, r := range rows {
-			t.set(r)
-		}
-	})
-}
-
-// SetServices replaces all services.
-func (s *Server) SetServices(list []mesh.Service) {
-	rows := encodeAll(s.log, list, encodeService)
-	s.edit(func() {
-		s.tables[TypeAddress].replace(rows, func(r *resource) bool { return r.service != mesh.ServiceName{} })
-	})
+	s.edit(time.Now(), func() { s.tables[TypeAddress].apply(rows, del) })
 }
 
 // SetPolicies replaces all policies. One that goes should no longer be listed
 // by any workload: proxies deny for a listed policy that they do not have.
 func (s *Server) SetPolicies(list []mesh.Policy) {
-	rows := encodeAll(s.log, list, encodePolicy)
-	s.edit(func() { s.tables[TypeAuthorization].replace(rows, func(*resource) bool { return true }) })
+	rows := s.encode(Resources{Policies: list})
+	s.edit(time.Now(), func() {
+		s.tables[TypeAuthorization].replace(rows[TypeAuthorization], all)
+		s.tables[TypePolicy].replace(rows[TypePolicy], all)
+	})
+}
+
+// all is every resource of a table.
+func all(*resource) bool { return true }
+
+// encode encodes everything, by type.
+func (s *Server) encode(r Resources) map[string][]*resource {
+	var wide, targeted []mesh.Policy
+	for _, p := range r.Policies {
+		if p.Scope == mesh.ScopeTarget {
+			targeted = append(targeted, p)
+		} else {
+			wide = append(wide, p)
+		}
+	}
+	return map[string][]*resource{
+		TypeAddress:       slices.Concat(encodeAll(s.log, r.Workloads, encodeWorkload), encodeAll(s.log, r.Services, encodeService)),
+		TypeAuthorization: encodeAll(s.log, wide, encodePolicy),
+		TypePolicy:        encodeAll(s.log, targeted, encodeTargeted),
+		TypeRoute:         encodeAll(s.log, r.Routes, encodeRoute),
+		TypeTrafficPolicy: encodeAll(s.log, r.TrafficPolicies, encodeTrafficPolicy),
+		TypeWaypoint:      encodeAll(s.log, r.Waypoints, encodeWaypoint),
+	}
 }
 
 // encodeAll encodes a list. What cannot be encoded (a string that is not
@@ -150,8 +189,9 @@ func encodeAll[T any](log *slog.Logger, list []T, encode func(T) (*resource, err
 	return rows
 }
 
-// edit runs f on the tables and wakes the streams.
-func (s *Server) edit(f func()) {
+// edit runs f on the tables and wakes the streams. since is when what f does
+// was noticed.
+func (s *Server) edit(since time.Time, f func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	f()
@@ -159,6 +199,9 @@ func (s *Server) edit(f func()) {
 		t.compact(s.seen(url))
 	}
 	for st := range s.streams {
+		if st.since.IsZero() {
+			st.since = since
+		}
 		st.rouse()
 	}
 }
@@ -179,6 +222,10 @@ type stream struct {
 	subs    map[string]*subscription // by type
 	unacked map[string]string        // nonces of responses under way -> type
 	wake    chan struct{}
+	role    string
+
+	since  time.Time // when the first change that is not sent yet was noticed
+	flight time.Time // the same of what is under way
 }
 
 // rouse makes the stream look for what is due; it never blocks.
@@ -198,7 +245,7 @@ func (s *Server) DeltaAggregatedResources(rpc discovery.AggregatedDiscoveryServi
 		return refusal(err)
 	}
 	log = log.With("subscriber", who.Identity.String(), "node", who.Node)
-	st := &stream{subs: map[string]*subscription{}, unacked: map[string]string{}, wake: make(chan struct{}, 1)}
+	st := &stream{subs: map[string]*subscription{}, unacked: map[string]string{}, wake: make(chan struct{}, 1), role: who.Role}
 	s.mu.Lock()
 	s.streams[st] = true
 	s.mu.Unlock()
@@ -257,11 +304,19 @@ func (s *Server) receive(log *slog.Logger, st *stream, req *discovery.DeltaDisco
 		log.Warn("subscriber asked for a type that is not served; ignored", "type", url)
 		return
 	}
+	if st.role != RoleWaypoint && slices.Contains(ofRequests(), url) {
+		log.Warn("subscriber asked for a type that is for waypoints; ignored", "type", url)
+		return
+	}
 	if of, ok := st.unacked[req.GetResponseNonce()]; ok && of == url {
 		delete(st.unacked, req.GetResponseNonce())
 		if e := req.GetErrorDetail(); e != nil {
 			s.metrics.rejects.WithLabelValues(shortType(url)).Inc()
-			log.Error("subscriber rejected what it was sent; it goes on with what it had", "type", shortType(url), "err", e.GetMessage())
+			log.Error("subscriber rejected what it was sent; it goes on with what it had, or refuses", "type", shortType(url), "err", e.GetMessage())
+		}
+		if len(st.unacked) == 0 && !st.flight.IsZero() {
+			s.metrics.converged.Observe(time.Since(st.flight).Seconds())
+			st.flight = time.Time{}
 		}
 	}
 	sub := st.subs[url]
@@ -305,24 +360,44 @@ func (s *Server) due(st *stream) []*discovery.DeltaDiscoveryResponse {
 	if len(st.unacked) > 0 {
 		return nil
 	}
-	var list []*discovery.DeltaDiscoveryResponse
-	var gone answer // policies that are removed: last of all
-	if sub := st.subs[TypeAuthorization]; sub != nil {
-		a := sub.collect(s.tables[TypeAuthorization])
-		if !a.whole {
-			gone.removed, a.removed = a.removed, nil
+	st.flight, st.since = st.since, time.Time{}
+	var list, last []*discovery.DeltaDiscoveryResponse
+	for _, url := range sending() {
+		sub := st.subs[url]
+		if sub == nil {
+			continue
 		}
-		list = append(list, a.responses(TypeAuthorization)...)
+		a := sub.collect(s.tables[url])
+		if !a.whole && st.deferred(url) {
+			gone := answer{removed: a.removed}
+			last = slices.Concat(gone.responses(url), last)
+			a.removed = nil
+		}
+		list = append(list, a.responses(url)...)
 	}
-	if sub := st.subs[TypeAddress]; sub != nil {
-		list = append(list, sub.collect(s.tables[TypeAddress]).responses(TypeAddress)...)
-	}
-	list = append(list, gone.responses(TypeAuthorization)...)
+	list = append(list, last...)
 	for _, r := range list {
 		s.nonce++
 		r.Nonce = strconv.FormatUint(s.nonce, 10)
 		r.SystemVersionInfo = fmt.Sprint(s.tables[r.GetTypeUrl()].seq)
 		st.unacked[r.GetNonce()] = r.GetTypeUrl()
 	}
+	if len(list) == 0 {
+		st.flight = time.Time{}
+	}
 	return list
+}
+
+// deferred reports whether what is removed of a type is sent behind everything
+// else: when something else may refer to it. To a stream without routes nothing
+// refers to a workload or service, and one that takes the place of another is
+// told in one step with it.
+func (st *stream) deferred(url string) bool {
+	switch url {
+	case TypeAddress, TypeTrafficPolicy:
+		return st.subs[TypeRoute] != nil
+	case TypeRoute, TypeWaypoint:
+		return false
+	}
+	return true
 }

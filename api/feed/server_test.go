@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/prometheus/client_golang/prometheus"
@@ -36,9 +37,9 @@ func TestWildcard(t *testing.T) {
 
 	w.server.UpdateWorkloads([]mesh.Workload{pod(3)}, []mesh.UID{pod(2).UID})
 	r.want("c//Pod/shop/p3", "c//Pod/shop/p2")
-	w.server.SetServices([]mesh.Service{s, svc("pay")})
+	w.server.UpdateWorld(Resources{Services: []mesh.Service{s, svc("pay")}, Policies: []mesh.Policy{deny("a")}}, nil, time.Now())
 	r.want("shop/pay", "")
-	w.server.SetServices(nil)
+	w.server.UpdateWorld(Resources{Policies: []mesh.Policy{deny("a")}}, nil, time.Now())
 	r.want("", "shop/cart shop/pay")
 	w.server.SetPolicies([]mesh.Policy{deny("b")})
 	r.want("shop/b", "")

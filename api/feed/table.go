@@ -74,6 +74,16 @@ func (t *table) remove(name string) bool {
 	return true
 }
 
+// apply stores rows, after it has removed the workloads of del.
+func (t *table) apply(rows []*resource, del []mesh.UID) {
+	for _, u := range del {
+		t.remove(string(u))
+	}
+	for _, r := range rows {
+		t.set(r)
+	}
+}
+
 // replace makes rows all there is of those that mine reports.
 func (t *table) replace(rows []*resource, mine func(*resource) bool) {
 	keep := make(map[string]bool, len(rows))

@@ -44,6 +44,7 @@ func FromWorkload(w mesh.Workload) *pb.Workload {
 		AuthorizationPolicies: make([]string, 0, len(w.Policies)),
 		Status:                pb.WorkloadStatus_UNHEALTHY,
 		Direct:                w.Direct,
+		Labels:                w.Labels,
 	}
 	switch w.Transport {
 	case mesh.HBONE:
@@ -106,6 +107,7 @@ func ToWorkload(m *pb.Workload) (mesh.Workload, error) {
 		CanonicalName:     m.GetCanonicalName(),
 		CanonicalRevision: m.GetCanonicalRevision(),
 		Direct:            m.GetDirect(),
+		Labels:            m.GetLabels(),
 	}
 	if c := m.GetCapacity(); c != nil {
 		value := c.GetValue()

@@ -31,7 +31,10 @@ import (
 	"github.com/weft-mesh/weft/mesh/view"
 )
 
-const token = "a-token"
+const (
+	token         = "a-token"
+	waypointToken = "a-waypoint's-token"
+)
 
 // A world is a control service in memory, reached over TLS.
 type world struct {
@@ -91,13 +94,17 @@ func newWorld(t testing.TB) *world {
 	return w
 }
 
-// auth is who may subscribe: the bearer of the token.
+// auth is who may subscribe: the bearers of the tokens.
 func auth(ctx context.Context) (Subscriber, error) {
 	md, _ := metadata.FromIncomingContext(ctx)
-	if got := md.Get("authorization"); len(got) != 1 || got[0] != "Bearer "+token {
+	switch got := md.Get("authorization"); {
+	case len(got) == 1 && got[0] == "Bearer "+token:
+		return Subscriber{Node: "node1"}, nil
+	case len(got) == 1 && got[0] == "Bearer "+waypointToken:
+		return Subscriber{Node: "node1", Role: RoleWaypoint}, nil
+	default:
 		return Subscriber{}, fmt.Errorf("token %q is not good", got)
 	}
-	return Subscriber{Node: "node1"}, nil
 }
 
 // start makes a server that knows nothing, in place of the last one.
@@ -334,4 +341,13 @@ func count(c prometheus.Collector) float64 {
 		sum += d.GetCounter().GetValue() + d.GetGauge().GetValue()
 	}
 	return sum
+}
+
+// histogram returns how many samples h has, and their sum.
+func histogram(h prometheus.Histogram) (n uint64, sum float64) {
+	var d dto.Metric
+	if err := h.Write(&d); err != nil {
+		panic(err)
+	}
+	return d.GetHistogram().GetSampleCount(), d.GetHistogram().GetSampleSum()
 }

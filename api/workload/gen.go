@@ -3,4 +3,4 @@
 // Translate with api/feed; nothing else should read these types.
 package workload
 
-//go:generate sh generate.sh
+//go:generate sh ../generate.sh workload

@@ -15,7 +15,7 @@ import (
 // control plane that is out there.
 const numbers = `
 istio.workload.Address: workload 1 message, service 2 message
-istio.workload.Workload: name 1 string, namespace 2 string, addresses 3 bytes*, network 4 string, tunnel_protocol 5 enum, trust_domain 6 string, service_account 7 string, waypoint 8 message, node 9 string, canonical_name 10 string, canonical_revision 11 string, workload_type 12 enum, workload_name 13 string, native_tunnel 14 bool, authorization_policies 16 string*, status 17 enum, cluster_id 18 string, network_gateway 19 message, uid 20 string, hostname 21 string, services 22 message*, application_tunnel 23 message, locality 24 message, network_mode 25 enum, extensions 26 message*, capacity 27 message, direct 7701 bool
+istio.workload.Workload: name 1 string, namespace 2 string, addresses 3 bytes*, network 4 string, tunnel_protocol 5 enum, trust_domain 6 string, service_account 7 string, waypoint 8 message, node 9 string, canonical_name 10 string, canonical_revision 11 string, workload_type 12 enum, workload_name 13 string, native_tunnel 14 bool, authorization_policies 16 string*, status 17 enum, cluster_id 18 string, network_gateway 19 message, uid 20 string, hostname 21 string, services 22 message*, application_tunnel 23 message, locality 24 message, network_mode 25 enum, extensions 26 message*, capacity 27 message, direct 7701 bool, labels 50000 message*
 istio.workload.ApplicationTunnel: protocol 1 enum, port 2 uint32
 istio.workload.ApplicationTunnel.Protocol: NONE 0, PROXY 1
 istio.workload.Locality: region 1 string, zone 2 string, subzone 3 string

@@ -719,7 +719,9 @@ type Workload struct {
 	Capacity *wrappers.UInt32Value `protobuf:"bytes,27,opt,name=capacity,proto3" json:"capacity,omitempty"`
 	// Our own. Connections with other workloads that have it set may stay within
 	// a node without a tunnel, after the same authorization.
-	Direct        bool `protobuf:"varint,7701,opt,name=direct,proto3" json:"direct,omitempty"`
+	Direct bool `protobuf:"varint,7701,opt,name=direct,proto3" json:"direct,omitempty"`
+	// Our own. The labels that subsets of services select by.
+	Labels        map[string]string `protobuf:"bytes,50000,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -941,6 +943,13 @@ func (x *Workload) GetDirect() bool {
 		return x.Direct
 	}
 	return false
+}
+
+func (x *Workload) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
 }
 
 // How the proxy hands a connection over to the application.
@@ -1701,8 +1710,7 @@ const file_api_workload_workload_proto_rawDesc = "" +
 	"\aAddress\x126\n" +
 	"\bworkload\x18\x01 \x01(\v2\x18.istio.workload.WorkloadH\x00R\bworkload\x123\n" +
 	"\aservice\x18\x02 \x01(\v2\x17.istio.workload.ServiceH\x00R\aserviceB\x06\n" +
-	"\x04type\"\xb2\n" +
-	"\n" +
+	"\x04type\"\xad\v\n" +
 	"\bWorkload\x12\x10\n" +
 	"\x03uid\x18\x14 \x01(\tR\x03uid\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
@@ -1734,10 +1742,14 @@ const file_api_workload_workload_proto_rawDesc = "" +
 	"extensions\x18\x1a \x03(\v2\x19.istio.workload.ExtensionR\n" +
 	"extensions\x128\n" +
 	"\bcapacity\x18\x1b \x01(\v2\x1c.google.protobuf.UInt32ValueR\bcapacity\x12\x17\n" +
-	"\x06direct\x18\x95< \x01(\bR\x06direct\x1aU\n" +
+	"\x06direct\x18\x95< \x01(\bR\x06direct\x12>\n" +
+	"\x06labels\x18І\x03 \x03(\v2$.istio.workload.Workload.LabelsEntryR\x06labels\x1aU\n" +
 	"\rServicesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12.\n" +
-	"\x05value\x18\x02 \x01(\v2\x18.istio.workload.PortListR\x05value:\x028\x01\"\x90\x01\n" +
+	"\x05value\x18\x02 \x01(\v2\x18.istio.workload.PortListR\x05value:\x028\x01\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x90\x01\n" +
 	"\x11ApplicationTunnel\x12F\n" +
 	"\bprotocol\x18\x01 \x01(\x0e2*.istio.workload.ApplicationTunnel.ProtocolR\bprotocol\x12\x12\n" +
 	"\x04port\x18\x02 \x01(\rR\x04port\"\x1f\n" +
@@ -1866,7 +1878,7 @@ func file_api_workload_workload_proto_rawDescGZIP() []byte {
 }
 
 var file_api_workload_workload_proto_enumTypes = make([]protoimpl.EnumInfo, 11)
-var file_api_workload_workload_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_api_workload_workload_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_api_workload_workload_proto_goTypes = []any{
 	(TunnelProtocol)(0),             // 0: istio.workload.TunnelProtocol
 	(WorkloadType)(0),               // 1: istio.workload.WorkloadType
@@ -1893,8 +1905,9 @@ var file_api_workload_workload_proto_goTypes = []any{
 	(*GatewayAddress)(nil),          // 22: istio.workload.GatewayAddress
 	(*Extension)(nil),               // 23: istio.workload.Extension
 	nil,                             // 24: istio.workload.Workload.ServicesEntry
-	(*wrappers.UInt32Value)(nil),    // 25: google.protobuf.UInt32Value
-	(*any1.Any)(nil),                // 26: google.protobuf.Any
+	nil,                             // 25: istio.workload.Workload.LabelsEntry
+	(*wrappers.UInt32Value)(nil),    // 26: google.protobuf.UInt32Value
+	(*any1.Any)(nil),                // 27: google.protobuf.Any
 }
 var file_api_workload_workload_proto_depIdxs = []int32{
 	12, // 0: istio.workload.Address.workload:type_name -> istio.workload.Workload
@@ -1909,31 +1922,32 @@ var file_api_workload_workload_proto_depIdxs = []int32{
 	14, // 9: istio.workload.Workload.locality:type_name -> istio.workload.Locality
 	3,  // 10: istio.workload.Workload.network_mode:type_name -> istio.workload.NetworkMode
 	23, // 11: istio.workload.Workload.extensions:type_name -> istio.workload.Extension
-	25, // 12: istio.workload.Workload.capacity:type_name -> google.protobuf.UInt32Value
-	7,  // 13: istio.workload.ApplicationTunnel.protocol:type_name -> istio.workload.ApplicationTunnel.Protocol
-	16, // 14: istio.workload.PortList.ports:type_name -> istio.workload.Port
-	4,  // 15: istio.workload.Port.app_protocol:type_name -> istio.workload.AppProtocol
-	20, // 16: istio.workload.Service.addresses:type_name -> istio.workload.NetworkAddress
-	16, // 17: istio.workload.Service.ports:type_name -> istio.workload.Port
-	22, // 18: istio.workload.Service.waypoint:type_name -> istio.workload.GatewayAddress
-	19, // 19: istio.workload.Service.load_balancing:type_name -> istio.workload.LoadBalancing
-	5,  // 20: istio.workload.Service.ip_families:type_name -> istio.workload.IPFamilies
-	23, // 21: istio.workload.Service.extensions:type_name -> istio.workload.Extension
-	18, // 22: istio.workload.Service.weighted_waypoints:type_name -> istio.workload.WeightedWaypoint
-	6,  // 23: istio.workload.Service.visibility:type_name -> istio.workload.ServiceVisibility
-	22, // 24: istio.workload.WeightedWaypoint.destination:type_name -> istio.workload.GatewayAddress
-	8,  // 25: istio.workload.LoadBalancing.routing_preference:type_name -> istio.workload.LoadBalancing.Scope
-	9,  // 26: istio.workload.LoadBalancing.mode:type_name -> istio.workload.LoadBalancing.Mode
-	10, // 27: istio.workload.LoadBalancing.health_policy:type_name -> istio.workload.LoadBalancing.HealthPolicy
-	21, // 28: istio.workload.GatewayAddress.hostname:type_name -> istio.workload.NamespacedHostname
-	20, // 29: istio.workload.GatewayAddress.address:type_name -> istio.workload.NetworkAddress
-	26, // 30: istio.workload.Extension.config:type_name -> google.protobuf.Any
-	15, // 31: istio.workload.Workload.ServicesEntry.value:type_name -> istio.workload.PortList
-	32, // [32:32] is the sub-list for method output_type
-	32, // [32:32] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	26, // 12: istio.workload.Workload.capacity:type_name -> google.protobuf.UInt32Value
+	25, // 13: istio.workload.Workload.labels:type_name -> istio.workload.Workload.LabelsEntry
+	7,  // 14: istio.workload.ApplicationTunnel.protocol:type_name -> istio.workload.ApplicationTunnel.Protocol
+	16, // 15: istio.workload.PortList.ports:type_name -> istio.workload.Port
+	4,  // 16: istio.workload.Port.app_protocol:type_name -> istio.workload.AppProtocol
+	20, // 17: istio.workload.Service.addresses:type_name -> istio.workload.NetworkAddress
+	16, // 18: istio.workload.Service.ports:type_name -> istio.workload.Port
+	22, // 19: istio.workload.Service.waypoint:type_name -> istio.workload.GatewayAddress
+	19, // 20: istio.workload.Service.load_balancing:type_name -> istio.workload.LoadBalancing
+	5,  // 21: istio.workload.Service.ip_families:type_name -> istio.workload.IPFamilies
+	23, // 22: istio.workload.Service.extensions:type_name -> istio.workload.Extension
+	18, // 23: istio.workload.Service.weighted_waypoints:type_name -> istio.workload.WeightedWaypoint
+	6,  // 24: istio.workload.Service.visibility:type_name -> istio.workload.ServiceVisibility
+	22, // 25: istio.workload.WeightedWaypoint.destination:type_name -> istio.workload.GatewayAddress
+	8,  // 26: istio.workload.LoadBalancing.routing_preference:type_name -> istio.workload.LoadBalancing.Scope
+	9,  // 27: istio.workload.LoadBalancing.mode:type_name -> istio.workload.LoadBalancing.Mode
+	10, // 28: istio.workload.LoadBalancing.health_policy:type_name -> istio.workload.LoadBalancing.HealthPolicy
+	21, // 29: istio.workload.GatewayAddress.hostname:type_name -> istio.workload.NamespacedHostname
+	20, // 30: istio.workload.GatewayAddress.address:type_name -> istio.workload.NetworkAddress
+	27, // 31: istio.workload.Extension.config:type_name -> google.protobuf.Any
+	15, // 32: istio.workload.Workload.ServicesEntry.value:type_name -> istio.workload.PortList
+	33, // [33:33] is the sub-list for method output_type
+	33, // [33:33] is the sub-list for method input_type
+	33, // [33:33] is the sub-list for extension type_name
+	33, // [33:33] is the sub-list for extension extendee
+	0,  // [0:33] is the sub-list for field type_name
 }
 
 func init() { file_api_workload_workload_proto_init() }
@@ -1956,7 +1970,7 @@ func file_api_workload_workload_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_workload_workload_proto_rawDesc), len(file_api_workload_workload_proto_rawDesc)),
 			NumEnums:      11,
-			NumMessages:   14,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

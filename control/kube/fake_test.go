@@ -19,6 +19,7 @@ import (
 	dynamicfake "k8s.io/client-go/dynamic/fake"
 	"sigs.k8s.io/yaml"
 
+	"github.com/weft-mesh/weft/api/feed"
 	"github.com/weft-mesh/weft/internal/run"
 	"github.com/weft-mesh/weft/mesh"
 )
@@ -30,6 +31,7 @@ type sink struct {
 	workloads map[mesh.UID]mesh.Workload
 	services  []mesh.Service
 	policies  []mesh.Policy
+	world     feed.Resources // as last told
 	synced    bool
 	changed   chan struct{}
 }
@@ -65,7 +67,13 @@ func (s *sink) UpdateWorkloads(set []mesh.Workload, del []mesh.UID) {
 	})
 }
 
-func (s *sink) SetServices(ss []mesh.Service) { s.note("services", func() { s.services = ss }) }
+func (s *sink) UpdateWorld(r feed.Resources, del []mesh.UID, _ time.Time) {
+	s.note("services", func() { s.services, s.world = r.Services, r })
+	s.SetPolicies(r.Policies)
+	if len(r.Workloads)+len(del) > 0 {
+		s.UpdateWorkloads(r.Workloads, del)
+	}
+}
 
 func (s *sink) SetPolicies(ps []mesh.Policy) {
 	var names []string

@@ -20,6 +20,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/cache"
 
+	"github.com/weft-mesh/weft/api/feed"
 	"github.com/weft-mesh/weft/control/compile"
 	"github.com/weft-mesh/weft/internal/run"
 	"github.com/weft-mesh/weft/mesh"
@@ -28,10 +29,13 @@ import (
 // A Sink takes what the cluster compiles to. Its methods are called by one
 // goroutine, and own their arguments.
 type Sink interface {
+	// UpdateWorld replaces everything but workloads; of those it replaces
+	// r.Workloads and removes del. since is when the first of the changes was
+	// noticed.
+	UpdateWorld(r feed.Resources, del []mesh.UID, since time.Time)
 	// UpdateWorkloads replaces the workloads in set and removes those in del.
 	UpdateWorkloads(set []mesh.Workload, del []mesh.UID)
-	// SetServices and SetPolicies replace all of their kind.
-	SetServices([]mesh.Service)
+	// SetPolicies replaces all policies.
 	SetPolicies([]mesh.Policy)
 	// SetSynced says, once, that all there was at the start has been handed
 	// over.

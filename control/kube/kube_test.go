@@ -345,7 +345,13 @@ func TestQueueWaitsForQuiet(t *testing.T) {
 	now := time.Unix(1000, 0)
 	q := newQueue()
 	q.clock = func() time.Time { return now }
-	take := func() (bool, time.Duration) { return q.takeWorld(50*time.Millisecond, 200*time.Millisecond) }
+	take := func() (bool, time.Duration) {
+		now, since, wait := q.takeWorld(50*time.Millisecond, 200*time.Millisecond)
+		if now == since.IsZero() {
+			t.Errorf("taken %v, of changes since %v", now, since)
+		}
+		return now, wait
+	}
 	if got, wait := take(); got || wait != 0 {
 		t.Fatalf("nothing changed: %v, %v", got, wait)
 	}

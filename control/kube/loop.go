@@ -13,6 +13,7 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/client-go/tools/cache"
 
+	"github.com/weft-mesh/weft/api/feed"
 	"github.com/weft-mesh/weft/control/compile"
 	"github.com/weft-mesh/weft/mesh"
 )
@@ -46,7 +47,7 @@ func (w *Watcher) loop(ctx context.Context) error {
 	c := &compiler{w: w, sent: map[mesh.UID]mesh.Workload{}, told: map[statusKey]string{}}
 	w.queue.takePods()
 	w.queue.takeWorld(0, 0)
-	c.compileWorld()
+	c.compileWorld(time.Now())
 	w.cfg.Sink.SetSynced()
 	close(w.synced)
 	w.cfg.Log.Info("read the cluster", "workloads", len(c.sent), "services", len(c.world.Services), "policies", len(c.world.Policies))
@@ -61,9 +62,9 @@ func (w *Watcher) loop(ctx context.Context) error {
 		case <-timer.C:
 		}
 		c.compilePods(w.queue.takePods())
-		now, wait := w.queue.takeWorld(w.cfg.Quiet, w.cfg.Patience)
+		now, since, wait := w.queue.takeWorld(w.cfg.Quiet, w.cfg.Patience)
 		if now {
-			c.compileWorld()
+			c.compileWorld(since)
 		}
 		if left := time.Until(c.lingering); !c.lingering.IsZero() && (wait == 0 || left < wait) {
 			wait = max(left, time.Millisecond)
@@ -138,17 +139,17 @@ func (c *compiler) compilePods(pods map[mesh.Name][]netip.Addr) {
 			set = append(set, wl)
 		}
 	}
-	c.update(set, del)
+	if len(set)+len(del) > 0 {
+		ordered(set, del)
+		c.w.cfg.Sink.UpdateWorkloads(set, del)
+	}
 }
 
-// update tells the sink, in an order that does not depend on a map's.
-func (c *compiler) update(set []mesh.Workload, del []mesh.UID) {
-	if len(set)+len(del) == 0 {
-		return
-	}
+// ordered puts what the sink is told into an order that does not depend on a
+// map's.
+func ordered(set []mesh.Workload, del []mesh.UID) {
 	slices.SortFunc(set, func(a, b mesh.Workload) int { return strings.Compare(string(a.UID), string(b.UID)) })
 	slices.Sort(del)
-	c.w.cfg.Sink.UpdateWorkloads(set, del)
 }
 
 // pod compiles the named pod as the informer has it now.
@@ -161,17 +162,16 @@ func (c *compiler) pod(name mesh.Name) (mesh.Workload, bool) {
 	return c.world.Workload(pod, node)
 }
 
-// compileWorld compiles everything anew.
-func (c *compiler) compileWorld() {
+// compileWorld compiles everything anew. since is when the first of the changes
+// was noticed.
+func (c *compiler) compileWorld(since time.Time) {
 	began := time.Now()
 	in := c.w.inputs()
 	before := c.world
 	c.world = compile.Compile(c.w.cfg.Settings, in)
-	c.w.cfg.Sink.SetServices(c.world.Services)
-	// Policies first, so that no workload lists one that has not arrived;
-	// and those that are gone stay until the workloads' lists have arrived.
+	// The sink tells policies first, so that no workload lists one that has
+	// not arrived; those that are gone stay until the workloads' lists have.
 	policies, differ := transition(before, c.world)
-	c.w.cfg.Sink.SetPolicies(policies)
 	c.lingering = time.Time{}
 	if differ {
 		c.lingering = time.Now().Add(linger)
@@ -200,7 +200,11 @@ func (c *compiler) compileWorld() {
 		}
 	}
 	c.sent = next
-	c.update(set, del)
+	ordered(set, del)
+	c.w.cfg.Sink.UpdateWorld(feed.Resources{
+		Workloads: set, Services: c.world.Services, Policies: policies,
+		Routes: c.world.Routes, TrafficPolicies: c.world.TrafficPolicies, Waypoints: c.world.Waypoints,
+	}, del, since)
 	c.w.statuses.set(c.world.Statuses)
 	c.tell(c.world.Statuses)
 	c.w.compile.Observe(time.Since(began).Seconds())

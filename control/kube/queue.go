@@ -69,22 +69,22 @@ func (q *queue) takePods() map[mesh.Name][]netip.Addr {
 	return pods
 }
 
-// takeWorld reports whether the world is to be compiled now, and forgets that
-// it was. When there is a change that has to wait for quiet, it returns for
-// how long.
-func (q *queue) takeWorld(quiet, patience time.Duration) (now bool, wait time.Duration) {
+// takeWorld reports whether the world is to be compiled now, for changes since
+// then, and forgets that it was. When there is a change that has to wait for
+// quiet, it returns for how long.
+func (q *queue) takeWorld(quiet, patience time.Duration) (now bool, since time.Time, wait time.Duration) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if !q.work.world {
-		return false, 0
+		return false, time.Time{}, 0
 	}
 	due := q.work.last.Add(quiet)
 	if latest := q.work.first.Add(patience); latest.Before(due) {
 		due = latest
 	}
 	if wait := due.Sub(q.clock()); wait > 0 {
-		return false, wait
+		return false, time.Time{}, wait
 	}
 	q.work.world = false
-	return true, 0
+	return true, q.work.first, 0
 }

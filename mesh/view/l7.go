@@ -83,22 +83,19 @@ func (v *View) TrafficPolicy(service mesh.ServiceName, subset string, port uint1
 
 // Targeted returns the policies of ScopeTarget that protect a service behind a
 // waypoint: those whose target is either of them, sorted by name. Either may
-// be zero.
+// be zero. A policy with a zero target is one of which nobody could read what it
+// protects: it is always among them.
 func (v *View) Targeted(service mesh.ServiceName, waypoint mesh.Name) []*mesh.Policy {
-	var own, all []*mesh.Policy
-	if service != (mesh.ServiceName{}) {
-		own = v.targeted[mesh.Target{Service: service}]
-	}
-	if waypoint != (mesh.Name{}) {
-		all = v.targeted[mesh.Target{Waypoint: waypoint}]
-	}
+	own := v.targeted[mesh.Target{Service: service}]
+	all := v.targeted[mesh.Target{Waypoint: waypoint}]
+	unread := v.targeted[mesh.Target{}]
 	switch {
-	case len(all) == 0:
+	case len(all)+len(unread) == 0:
 		return slices.Clip(own)
-	case len(own) == 0:
+	case len(own)+len(unread) == 0:
 		return slices.Clip(all)
 	}
-	both := slices.Concat(own, all)
+	both := slices.Concat(own, all, unread)
 	slices.SortFunc(both, func(a, b *mesh.Policy) int { return a.Name.Compare(b.Name) })
 	return slices.Compact(both)
 }

@@ -78,7 +78,7 @@ func TestTargeted(t *testing.T) {
 		policy("c-both", mesh.ScopeTarget, mesh.Target{Service: cart}, mesh.Target{Waypoint: gateway}, mesh.Target{Service: cart}),
 		policy("a-other", mesh.ScopeTarget, mesh.Target{Service: till}),
 		policy("e-selector", mesh.ScopeSelector, mesh.Target{Service: cart}),
-		policy("f-nothing", mesh.ScopeTarget, mesh.Target{}),
+		policy("f-nothing", mesh.ScopeTarget),
 	})
 	for _, tc := range []struct {
 		name     string
@@ -99,6 +99,13 @@ func TestTargeted(t *testing.T) {
 		if !slices.Equal(got, tc.want) {
 			t.Errorf("%s: Targeted = %v, want %v", tc.name, got, tc.want)
 		}
+	}
+	unread := Of("1", nil, nil, []*mesh.Policy{policy("u", mesh.ScopeTarget, mesh.Target{}), policy("c", mesh.ScopeTarget, mesh.Target{Service: cart})})
+	if got := unread.Targeted(till, gateway); len(got) != 1 || got[0].Name.Name != "u" {
+		t.Errorf("a policy whose targets nobody could read protects a service that may be its target with %v", got)
+	}
+	if got := unread.Targeted(cart, mesh.Name{}); len(got) != 2 {
+		t.Errorf("beside the service's own policy it is %v, want both", got)
 	}
 	_ = append(v.Targeted(cart, mesh.Name{}), nil)
 	if again := v.Targeted(cart, mesh.Name{}); len(again) != 2 || slices.Contains(again, nil) {
