@@ -130,15 +130,19 @@ func (c *CA) CreateCertificate(ctx context.Context, req *v1alpha1.IstioCertifica
 // authorize decides which identity the request is for and whether the caller
 // may have it.
 func (c *CA) authorize(caller Caller, req *v1alpha1.IstioCertificateRequest) (mesh.Identity, error) {
+	own := mesh.Identity{TrustDomain: c.cfg.Authority.TrustDomain(), Namespace: caller.Namespace, ServiceAccount: caller.ServiceAccount}
 	field, onBehalf := req.GetMetadata().GetFields()[impersonated]
 	if !onBehalf {
-		return mesh.Identity{
-			TrustDomain: c.cfg.Authority.TrustDomain(), Namespace: caller.Namespace, ServiceAccount: caller.ServiceAccount,
-		}, nil
+		return own, nil
 	}
 	id, err := mesh.ParseIdentity(field.GetStringValue())
 	if err != nil {
 		return mesh.Identity{}, status.Errorf(codes.InvalidArgument, "%s: %v", impersonated, err)
+	}
+	// A waypoint names the identity that it asks for as a node's proxy does;
+	// its own is all that it gets.
+	if id == own {
+		return own, nil
 	}
 	if err := c.mayImpersonate(caller, id); err != nil {
 		return mesh.Identity{}, status.Errorf(codes.PermissionDenied, "%s may not have %s: %v", caller, id, err)

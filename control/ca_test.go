@@ -132,6 +132,7 @@ func TestCreateCertificate(t *testing.T) {
 		err   string
 	}{
 		{"a workload gets its own identity", "cart", nil, good, cart, codes.OK, ""},
+		{"also when it names it, as a waypoint does", "cart", cart.String(), good, cart, codes.OK, ""},
 		{"a node proxy gets its own identity", "ztunnel", nil, good, ztunnel, codes.OK, ""},
 		{"a node proxy gets that of a pod on its node", "ztunnel", cart.String(), good, cart, codes.OK, ""},
 		{"also when its token does not say the node", "ztunnel-silent", cart.String(), good, cart, codes.OK, ""},
@@ -143,7 +144,7 @@ func TestCreateCertificate(t *testing.T) {
 		{"an identity that nobody has", "ztunnel", "spiffe://cluster.local/ns/kube-system/sa/admin", good, mesh.Identity{}, codes.PermissionDenied, "no pod"},
 		{"an identity of another trust domain", "ztunnel", foreign.String(), good, mesh.Identity{}, codes.PermissionDenied, "our trust domain"},
 		{"a workload asks for another's", "cart", other.String(), good, mesh.Identity{}, codes.PermissionDenied, "not a node proxy's"},
-		{"a workload asks for its own as if it were another's", "cart", cart.String(), good, mesh.Identity{}, codes.PermissionDenied, "not a node proxy's"},
+		{"a workload's account in another trust domain", "cart", foreign.String(), good, mesh.Identity{}, codes.PermissionDenied, "not a node proxy's"},
 		{"an account of the proxy's name in another namespace", "impostor", cart.String(), good, mesh.Identity{}, codes.PermissionDenied, "not a node proxy's"},
 		{"a token that is not bound to a pod", "ztunnel-loose", cart.String(), good, mesh.Identity{}, codes.PermissionDenied, "not bound to a pod"},
 		{"a token without the pod's UID", "ztunnel-no-uid", cart.String(), good, mesh.Identity{}, codes.PermissionDenied, "not bound to a pod"},

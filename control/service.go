@@ -31,26 +31,41 @@ import (
 // replica, or come back.
 const stopTime = 2 * time.Second
 
+// IsWaypoint reports whether pods of a service account are replicas of a
+// waypoint. Before the cluster has been read that is not known.
+type IsWaypoint func(account mesh.Name) (is, known bool)
+
 // NewFeed returns the server that tells proxies the state of the mesh, to be
-// filled by control/kube. Only node proxies may subscribe: the whole mesh and
-// all its policies are in there.
-func NewFeed(cfg Config, a *Authenticator, log *slog.Logger, reg prometheus.Registerer) *feed.Server {
+// filled by control/kube. Only node proxies and waypoints may subscribe: the
+// whole mesh and all its policies are in there.
+func NewFeed(cfg Config, a *Authenticator, isWaypoint IsWaypoint, log *slog.Logger, reg prometheus.Registerer) *feed.Server {
 	return feed.NewServer(log, reg, func(ctx context.Context) (feed.Subscriber, error) {
 		caller, err := a.Authenticate(ctx)
 		if err != nil {
 			return feed.Subscriber{}, err
 		}
-		return subscriber(cfg, caller)
+		return subscriber(cfg, isWaypoint, caller)
 	})
 }
 
-// subscriber decides whether the caller may subscribe.
-func subscriber(cfg Config, caller Caller) (feed.Subscriber, error) {
-	if !slices.Contains(cfg.NodeAccounts, mesh.Name{Namespace: caller.Namespace, Name: caller.ServiceAccount}) {
-		return feed.Subscriber{}, status.Errorf(codes.PermissionDenied, "%s may not subscribe: its service account is not a node proxy's", caller)
+// subscriber decides whether the caller may subscribe, and as what.
+func subscriber(cfg Config, isWaypoint IsWaypoint, caller Caller) (feed.Subscriber, error) {
+	account := mesh.Name{Namespace: caller.Namespace, Name: caller.ServiceAccount}
+	s := feed.Subscriber{
+		Identity: mesh.Identity{TrustDomain: cfg.TrustDomain, Namespace: caller.Namespace, ServiceAccount: caller.ServiceAccount},
+		Node:     caller.NodeName,
 	}
-	id := mesh.Identity{TrustDomain: cfg.TrustDomain, Namespace: caller.Namespace, ServiceAccount: caller.ServiceAccount}
-	return feed.Subscriber{Identity: id, Node: caller.NodeName}, nil
+	if slices.Contains(cfg.NodeAccounts, account) {
+		return s, nil
+	}
+	switch is, known := isWaypoint(account); {
+	case !known:
+		return feed.Subscriber{}, status.Errorf(codes.Unavailable, "whether %s is a waypoint is not known before the cluster has been read", caller)
+	case is:
+		s.Role = feed.RoleWaypoint
+		return s, nil
+	}
+	return feed.Subscriber{}, status.Errorf(codes.PermissionDenied, "%s may not subscribe: its service account is neither a node proxy's nor a waypoint's", caller)
 }
 
 // Parts are what a Service is put together from. All are required.

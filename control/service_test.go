@@ -29,6 +29,12 @@ type nobody struct{}
 func (nobody) NodeOf(mesh.Name, string) (string, bool)   { return "", false }
 func (nobody) RunsOn(string, mesh.Identity) (there bool) { return false }
 
+// onlyShop says that shop/waypoint is a waypoint; of namespace late nothing is
+// known yet.
+func onlyShop(account mesh.Name) (is, known bool) {
+	return account == mesh.Name{Namespace: "shop", Name: "waypoint"}, account.Namespace != "late"
+}
+
 // A rig is a service on a local port, and what a test needs to call it.
 type rig struct {
 	addr  string
@@ -37,8 +43,8 @@ type rig struct {
 	done  chan error
 }
 
-// newRig starts a service whose API server accepts the tokens "ztunnel" and
-// "tenant".
+// newRig starts a service whose API server accepts the tokens "ztunnel",
+// "tenant", "waypoint" and "late".
 func newRig(t *testing.T) *rig {
 	t.Helper()
 	authority, err := ca.New("cluster.local")
@@ -53,10 +59,14 @@ func newRig(t *testing.T) *rig {
 			return Review{Audiences: []string{audience}, Namespace: "weft-system", ServiceAccount: "ztunnel", NodeName: "n"}, nil
 		case "tenant":
 			return Review{Audiences: []string{audience}, Namespace: "shop", ServiceAccount: "ztunnel"}, nil
+		case "waypoint":
+			return Review{Audiences: []string{audience}, Namespace: "shop", ServiceAccount: "waypoint"}, nil
+		case "late":
+			return Review{Audiences: []string{audience}, Namespace: "late", ServiceAccount: "waypoint"}, nil
 		}
 		return Review{Refused: "unknown"}, nil
 	}})
-	f := NewFeed(cfg, authn, silent(), reg)
+	f := NewFeed(cfg, authn, onlyShop, silent(), reg)
 	f.UpdateWorkloads([]mesh.Workload{{UID: "u", Name: mesh.Name{Namespace: "shop", Name: "cart"}, Transport: mesh.PlainTCP}}, nil)
 	f.SetSynced()
 	s := NewService(Parts{Config: cfg, Authority: authority, Authenticator: authn, Feed: f, Pods: nobody{}, Log: silent(), Registerer: reg})
@@ -114,6 +124,8 @@ func TestService(t *testing.T) {
 		{"a token that is not accepted", "forged", "does not accept the token", codes.Unauthenticated},
 		{"a workload may not see the whole mesh, and needs a signing request", "tenant", "shop/ztunnel may not subscribe", codes.InvalidArgument},
 		{"a node proxy", "ztunnel", "", codes.InvalidArgument},
+		{"a waypoint, which gets its own certificate too", "waypoint", "", codes.InvalidArgument},
+		{"a waypoint, perhaps, is told to come again", "late", "before the cluster has been read", codes.InvalidArgument},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
@@ -131,6 +143,25 @@ func TestService(t *testing.T) {
 			}
 		})
 	}
+	t.Run("only waypoints are told of routes", func(t *testing.T) {
+		for token, want := range map[string]string{"waypoint": feed.TypeRoute, "ztunnel": feed.TypeAddress} {
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			defer cancel()
+			stream, err := discovery.NewAggregatedDiscoveryServiceClient(conn).DeltaAggregatedResources(as(ctx, token))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, url := range []string{feed.TypeRoute, feed.TypeAddress} {
+				_ = stream.Send(&discovery.DeltaDiscoveryRequest{TypeUrl: url}) // a failure shows in Recv
+				if url == feed.TypeRoute && token == "waypoint" {
+					break
+				}
+			}
+			if m, err := stream.Recv(); err != nil || m.GetTypeUrl() != want {
+				t.Errorf("%s is answered %q (%v), want %q", token, m.GetTypeUrl(), err, want)
+			}
+		}
+	})
 	t.Run("under another name it is not trusted", func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()

@@ -142,8 +142,10 @@ func serve(ctx context.Context, cfg config, clients kube.Clients, health *contro
 		},
 		Log: log, Registerer: reg,
 	})
-	feed := control.NewFeed(c, authn, log, reg)
-	watcher := kube.NewWatcher(kube.WatcherConfig{
+	var watcher *kube.Watcher // fills the feed, and knows who may read it
+	isWaypoint := func(account mesh.Name) (is, known bool) { return watcher.IsWaypoint(account) }
+	feed := control.NewFeed(c, authn, isWaypoint, log, reg)
+	watcher = kube.NewWatcher(kube.WatcherConfig{
 		Client: clients.Typed, Dynamic: clients.Dynamic, Settings: c.Settings(), Sink: feed, Log: log, Registerer: reg,
 	})
 	synced := func(ctx context.Context) error {

@@ -11,6 +11,7 @@ import (
 	"context"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -64,10 +65,11 @@ type Watcher struct {
 	pods, nodes, services, slices, namespaces cache.SharedIndexInformer
 	policies, peers                           *optionalInformer
 
-	queue    queue
-	statuses board
-	synced   chan struct{}
-	outage   outage
+	queue     queue
+	statuses  board
+	waypoints atomic.Pointer[map[mesh.Name]bool] // their service accounts
+	synced    chan struct{}
+	outage    outage
 
 	events    *prometheus.CounterVec
 	compile   prometheus.Histogram

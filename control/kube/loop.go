@@ -169,6 +169,7 @@ func (c *compiler) compileWorld(since time.Time) {
 	in := c.w.inputs()
 	before := c.world
 	c.world = compile.Compile(c.w.cfg.Settings, in)
+	c.w.waypoints.Store(new(accountsOf(c.world.Waypoints)))
 	// The sink tells policies first, so that no workload lists one that has
 	// not arrived; those that are gone stay until the workloads' lists have.
 	policies, differ := transition(before, c.world)

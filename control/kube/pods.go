@@ -57,3 +57,24 @@ func (w *Watcher) RunsOn(node string, id mesh.Identity) bool {
 	keys, err := w.pods.GetIndexer().IndexKeys(indexRuns, runsKey(node, id.Namespace, id.ServiceAccount))
 	return err == nil && len(keys) > 0
 }
+
+// IsWaypoint reports whether pods of a service account are replicas of a
+// waypoint, and whether that is known: not before the cluster has been read.
+func (w *Watcher) IsWaypoint(account mesh.Name) (is, known bool) {
+	accounts := w.waypoints.Load()
+	if accounts == nil {
+		return false, false
+	}
+	return (*accounts)[account], true
+}
+
+// accountsOf returns the service accounts of waypoints.
+func accountsOf(list []mesh.Waypoint) map[mesh.Name]bool {
+	accounts := map[mesh.Name]bool{}
+	for _, w := range list {
+		if !w.Identity.IsZero() {
+			accounts[mesh.Name{Namespace: w.Identity.Namespace, Name: w.Identity.ServiceAccount}] = true
+		}
+	}
+	return accounts
+}
