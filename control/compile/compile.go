@@ -26,6 +26,10 @@ type Settings struct {
 	Domain        string // DNS domain of the cluster's services; default cluster.local
 	Network       string // network of pods without the label topology.istio.io/network; default ""
 	RootNamespace string // policies here apply to the whole mesh; default weft-system
+	// IstioWaypoints also serves the GatewayClass istio-waypoint where its
+	// controller is istio.io/mesh-controller. Only for clusters in which Istio
+	// does not: two controllers would write over each other.
+	IstioWaypoints bool
 }
 
 // withDefaults returns s with every empty field that has a default filled in.
@@ -45,7 +49,9 @@ func (s Settings) withDefaults() Settings {
 // Inputs are the objects that Compile reads. Their order does not matter, and
 // none of them is changed or kept beyond the World.
 type Inputs struct {
-	Pods     []*corev1.Pod // only their addresses, to tell an endpoint that is a pod from one that is not
+	// Pods are read to tell an endpoint that is a pod from one that is not, to
+	// count the replicas of waypoints, and to guard what is behind waypoints.
+	Pods     []*corev1.Pod
 	Nodes    []*corev1.Node
 	Services []*corev1.Service
 	// Namespaces are read for their labels only.
@@ -58,6 +64,21 @@ type Inputs struct {
 	PeerAuthentications   []PeerAuthentication
 	VirtualServices       []VirtualService
 	DestinationRules      []DestinationRule
+
+	GatewayClasses     []GatewayClass
+	Gateways           []Gateway
+	HTTPRoutes         []HTTPRoute
+	GRPCRoutes         []GRPCRoute
+	TCPRoutes          []TCPRoute
+	TLSRoutes          []TLSRoute
+	ReferenceGrants    []ReferenceGrant
+	BackendTLSPolicies []BackendTLSPolicy
+	ConfigMaps         []*corev1.ConfigMap // at least those that Gateways and BackendTLSPolicies name
+
+	// Moving are services that were bound to a waypoint so lately that some
+	// proxies may not know of it. Their pods may still be called directly. Nil
+	// is none.
+	Moving map[mesh.ServiceName]bool
 }
 
 // A World is everything that is compiled as a whole, and the index by which
@@ -76,6 +97,7 @@ type World struct {
 	// TrafficPolicies are sorted by service, subset and port.
 	TrafficPolicies []mesh.TrafficPolicy
 	Waypoints       []mesh.Waypoint // sorted by name
+	Managed         []Managed       // the Gateways whose proxies are to be run, sorted by name
 
 	settings  Settings
 	selecting map[labelPair][]selectingService // services with a selector, by one of its pairs
@@ -87,6 +109,13 @@ type World struct {
 	drafts    map[mesh.RouteKey]*routeDraft // while compiling
 	labelKeys map[string]bool               // of pods, that TrafficPolicies ask for
 	direct    map[string]bool               // namespaces whose pods may be reached without a tunnel within a node
+
+	namespaces map[string]labels.Set // their labels
+	waypoints  map[mesh.Name]*waypoint
+	bound      map[mesh.ServiceName]binding
+	moving     map[mesh.ServiceName]bool
+	virtual    map[mesh.ServiceName]bool // services with an address of their own
+	guards     map[mesh.Name]bool        // the policies that guard makes of the pods of now
 }
 
 // A policySelector selects the pods that list a policy.
@@ -103,11 +132,15 @@ func Compile(s Settings, in Inputs) *World {
 	w.direct = directNamespaces(in.Namespaces)
 	w.compileServices(in.Services)
 	w.compileSlices(in)
+	w.compileWaypoints(in)
+	w.compileGuards(in.Pods)
 	w.compileAuthorizationPolicies(in.AuthorizationPolicies)
 	w.compilePeerAuthentications(in.PeerAuthentications)
 	w.compileVirtualServices(in.VirtualServices)
 	w.compileDestinationRules(in.DestinationRules)
+	w.compileGatewayRoutes(in)
 	w.finishRoutes()
+	w.compileBackendTLS(in)
 	slices.SortFunc(w.Policies, func(a, b mesh.Policy) int { return a.Name.Compare(b.Name) })
 	slices.SortFunc(w.Statuses, compareStatus)
 	return w

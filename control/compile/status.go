@@ -4,6 +4,8 @@ import (
 	"cmp"
 	"strings"
 
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+
 	"github.com/weft-mesh/weft/mesh"
 )
 
@@ -12,7 +14,29 @@ type Status struct {
 	Kind       string      `json:"kind"`
 	Name       mesh.Name   `json:"name"`
 	Generation int64       `json:"generation,omitempty"` // of the object that was compiled
-	Conditions []Condition `json:"conditions"`
+	Conditions []Condition `json:"conditions,omitempty"`
+	// Parents are the results of a route at each parent that is ours, and of a
+	// policy at each of its targets. Entries of other controllers in the
+	// object's status are not ours to touch.
+	Parents []ParentStatus `json:"parents,omitempty"`
+	// Addresses and Listeners are of a Gateway.
+	Addresses []string         `json:"addresses,omitempty"`
+	Listeners []ListenerStatus `json:"listeners,omitempty"`
+}
+
+// A ParentStatus says what became of a route or policy at one place. It is
+// written to status.parents of routes, and to status.ancestors of policies.
+type ParentStatus struct {
+	Parent     gatewayv1.ParentReference `json:"parent"`
+	Conditions []Condition               `json:"conditions"`
+}
+
+// A ListenerStatus says what became of one listener of a Gateway. A waypoint's
+// takes no kind of route: those are attached to Services.
+type ListenerStatus struct {
+	Name           string      `json:"name"`
+	AttachedRoutes int32       `json:"attachedRoutes"` // services that are bound to the waypoint
+	Conditions     []Condition `json:"conditions"`
 }
 
 // A Condition is one fact of a Status.
@@ -37,6 +61,12 @@ const (
 	ResolvedRefs = "ResolvedRefs"
 	// Programmed is true when there are waypoints that follow the object.
 	Programmed = "Programmed"
+	// PartiallyInvalid is true when some rules of a route are valid and others
+	// answer 500.
+	PartiallyInvalid = "PartiallyInvalid"
+	// WaypointBound is true when the traffic to a service goes through the
+	// waypoint that its labels name.
+	WaypointBound = "istio.io/WaypointBound"
 )
 
 // The reasons.
@@ -54,6 +84,14 @@ const (
 	KindPeerAuthentication  = "PeerAuthentication"
 	KindVirtualService      = "VirtualService"
 	KindDestinationRule     = "DestinationRule"
+	KindService             = "Service"
+	KindGatewayClass        = "GatewayClass" // its Name has no namespace
+	KindGateway             = "Gateway"
+	KindHTTPRoute           = "HTTPRoute"
+	KindGRPCRoute           = "GRPCRoute"
+	KindTCPRoute            = "TCPRoute"
+	KindTLSRoute            = "TLSRoute"
+	KindBackendTLSPolicy    = "BackendTLSPolicy"
 )
 
 func compareStatus(a, b Status) int {

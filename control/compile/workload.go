@@ -68,6 +68,18 @@ func (w *World) Workload(pod *corev1.Pod, node *corev1.Node) (mesh.Workload, boo
 	if pod.Annotations[annotationRedirection] == "enabled" && !pod.Spec.HostNetwork {
 		out.Transport = mesh.HBONE
 	}
+	// A waypoint speaks HBONE itself, and is not captured.
+	if w.isWaypoint(pod) {
+		out.Transport = mesh.HBONE
+		return out, true
+	}
+	if own, _ := w.bind(pod.Namespace, set, false); !pod.Spec.HostNetwork {
+		out.Waypoint = own.ref
+	}
+	if p := w.guard(pod); p != nil {
+		out.Policies = append(out.Policies, p.Name)
+		slices.SortFunc(out.Policies, mesh.Name.Compare)
+	}
 	return out, true
 }
 

@@ -1,0 +1,124 @@
+package compile
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"maps"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/weft-mesh/weft/mesh"
+)
+
+// GuardPrefix begins the names of the policies that refuse what goes around a
+// waypoint. No Kubernetes object can have such a name, because of the
+// underscores.
+const GuardPrefix = "weft_waypoint_"
+
+// guard returns the policy that refuses direct connections to a pod behind a
+// waypoint, or nil. It is for the ports of the pod that bound services send to,
+// and lets their waypoints through. A port that a service without a waypoint
+// sends to as well stays open, as the users of that service come directly.
+//
+// Pods whose ports are guarded alike share a policy: its name follows from what
+// it says.
+func (w *World) guard(pod *corev1.Pod) *mesh.Policy {
+	if pod.Spec.HostNetwork || w.isWaypoint(pod) {
+		return nil
+	}
+	own, _ := w.bind(pod.Namespace, pod.Labels, false)
+	if len(w.bound) == 0 && !own.guarded {
+		return nil
+	}
+	through := map[uint16]map[string]bool{} // waypoints by port
+	open := map[uint16]bool{}
+	for _, m := range w.memberships(pod, PodAddrs(pod)) {
+		b := w.bound[m.Service]
+		for _, p := range m.Ports {
+			switch {
+			case b.guarded:
+				if through[p.Target] == nil {
+					through[p.Target] = map[string]bool{}
+				}
+				through[p.Target][b.identity.Principal()] = true
+			case w.virtual[m.Service]:
+				open[p.Target] = true
+			}
+		}
+	}
+	groups := guardGroups(through, open, own)
+	if len(groups) == 0 {
+		return nil
+	}
+	b, err := json.Marshal(groups)
+	if err != nil {
+		panic("compile: " + err.Error()) // plain text and numbers
+	}
+	sum := sha256.Sum256(b)
+	return &mesh.Policy{
+		Name:   mesh.Name{Namespace: pod.Namespace, Name: GuardPrefix + hex.EncodeToString(sum[:6])},
+		Scope:  mesh.ScopeSelector,
+		Action: mesh.Deny,
+		Groups: groups,
+	}
+}
+
+// guardGroups makes a group of each set of ports that the same waypoints may
+// reach. A pod that has a waypoint of its own is guarded at every port.
+func guardGroups(through map[uint16]map[string]bool, open map[uint16]bool, own binding) []mesh.Group {
+	ports := map[string][]uint16{} // by the waypoints, joined
+	var listed []uint16
+	for _, port := range slices.Sorted(maps.Keys(through)) {
+		if open[port] {
+			continue
+		}
+		if own.guarded {
+			through[port][own.identity.Principal()] = true
+		}
+		who := strings.Join(slices.Sorted(maps.Keys(through[port])), " ")
+		ports[who] = append(ports[who], port)
+		listed = append(listed, port)
+	}
+	var out []mesh.Group
+	add := func(m mesh.Match, who ...string) {
+		for _, p := range who {
+			m.NotPrincipals = append(m.NotPrincipals, mesh.StringMatch{Kind: mesh.MatchExact, Value: p})
+		}
+		out = append(out, mesh.Group{Clauses: []mesh.Clause{{Matches: []mesh.Match{m}}}})
+	}
+	for _, who := range slices.Sorted(maps.Keys(ports)) {
+		add(mesh.Match{DestinationPorts: ports[who]}, strings.Split(who, " ")...)
+	}
+	if own.guarded {
+		rest := append(listed, slices.Collect(maps.Keys(open))...)
+		slices.Sort(rest)
+		add(mesh.Match{NotDestPorts: slices.Compact(rest)}, own.identity.Principal())
+	}
+	return out
+}
+
+// compileGuards adds the policies that the pods of now list.
+func (w *World) compileGuards(pods []*corev1.Pod) {
+	w.guards = map[mesh.Name]bool{}
+	for _, pod := range pods {
+		if len(PodAddrs(pod)) == 0 || ended(pod) {
+			continue
+		}
+		if p := w.guard(pod); p != nil && !w.guards[p.Name] {
+			w.guards[p.Name] = true
+			w.Policies = append(w.Policies, *p)
+		}
+	}
+}
+
+// Lacks reports whether a workload lists a policy against going around a
+// waypoint that the World was compiled without. The workload denies until the
+// World has been compiled anew.
+func (w *World) Lacks(wl mesh.Workload) bool {
+	return slices.ContainsFunc(wl.Policies, func(n mesh.Name) bool {
+		return strings.HasPrefix(n.Name, GuardPrefix) && !w.guards[n]
+	})
+}
