@@ -7,7 +7,7 @@ export GOFLAGS := -trimpath $(filter-out -trimpath,$(GOFLAGS))
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X main.version=$(VERSION)
-PROGRAMS := weft weft-control weft-node weft-cni ztunnel
+PROGRAMS := weft weft-control weft-node weft-cni ztunnel waypoint
 
 .PHONY: help
 help: ## show this list

@@ -102,7 +102,7 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 	})
 	pages := pages{proxy: proxy, store: store, level: level, ready: func() error { return ready(client, agent, roots) }}
 
-	return untilDrained(ctx, stopAll, proxy.Run,
+	return run.UntilDrained(ctx, stopAll, proxy.Run,
 		roots.Run, manager.Run, client.Run,
 		func(inner context.Context) error {
 			// Not while it drains: the agent is to ask another ztunnel then.
@@ -118,21 +118,6 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 		func(ctx context.Context) error { return turn.serve(ctx, c.statsAddr, obs.Stats(reg)) },
 		func(ctx context.Context) error { return turn.serve(ctx, c.readyAddr, obs.Health(pages.ready)) },
 	)
-}
-
-// untilDrained runs proxy until ctx ends, which stop does when another task
-// fails, and the others until proxy has drained: connections that are open
-// still need certificates and the changes of policies, and their keepers want
-// to watch.
-func untilDrained(ctx context.Context, stop func(), proxy run.Task, others ...run.Task) error {
-	tasks := []run.Task{func(context.Context) error { return proxy(ctx) }}
-	for _, task := range others {
-		tasks = append(tasks, func(inner context.Context) error {
-			defer stop() // one that fails ends the proxy in order
-			return task(inner)
-		})
-	}
-	return run.All(context.WithoutCancel(ctx), tasks...)
 }
 
 // servePods takes pods from the node agent once the View is there: until then

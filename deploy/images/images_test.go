@@ -38,7 +38,7 @@ func TestParseRefuses(t *testing.T) {
 	}{
 		{"several platforms in one archive", []string{"-platform", "linux/amd64,linux/arm64"}, "-push or -oci"},
 		{"a platform without architecture", []string{"-platform", "linux"}, "OS/ARCHITECTURE"},
-		{"an image nobody knows", []string{"-only", "weft-moon"}, "weft-control, weft-node, ztunnel"},
+		{"an image nobody knows", []string{"-only", "weft-moon"}, "weft-control, weft-node, ztunnel, waypoint"},
 		{"files without a name", []string{"-add", "a:/b"}, "need -name"},
 		{"a name without files", []string{"-name", "x/y:1", "-entrypoint", "/b"}, "-add"},
 		{"a name without program", []string{"-name", "x/y:1", "-add", "a:/b"}, "-entrypoint"},

@@ -30,6 +30,7 @@ func release() []releaseImage {
 		{name: "weft-control", programs: []string{"weft-control"}, user: nonroot},
 		{name: "weft-node", programs: []string{"weft-node", "weft-cni"}, user: "0:0"},
 		{name: "ztunnel", programs: []string{"ztunnel"}, user: "0:0"},
+		{name: "waypoint", programs: []string{"waypoint"}, user: nonroot},
 	}
 }
 

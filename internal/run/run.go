@@ -49,3 +49,17 @@ func UntilSignal(parent context.Context) (context.Context, context.CancelFunc) {
 	context.AfterFunc(ctx, stop)
 	return ctx, stop
 }
+
+// UntilDrained runs a server until ctx ends, which stop does when another task
+// fails, and the others until the server has drained: what it still serves
+// needs them.
+func UntilDrained(ctx context.Context, stop func(), server Task, others ...Task) error {
+	tasks := []Task{func(context.Context) error { return server(ctx) }}
+	for _, task := range others {
+		tasks = append(tasks, func(inner context.Context) error {
+			defer stop() // one that fails ends the server in order
+			return task(inner)
+		})
+	}
+	return All(context.WithoutCancel(ctx), tasks...)
+}

@@ -150,3 +150,42 @@ func TestUntilSignal(t *testing.T) {
 	}
 	<-ctx.Done() // or the test times out
 }
+
+func TestUntilDrained(t *testing.T) {
+	ctx, stop := context.WithCancel(t.Context())
+	drained := make(chan struct{})
+	var early bool
+	err := UntilDrained(ctx, stop,
+		func(ctx context.Context) error {
+			<-ctx.Done()
+			close(drained)
+			return nil
+		},
+		func(ctx context.Context) error {
+			<-ctx.Done()
+			select {
+			case <-drained:
+			default:
+				early = true
+			}
+			return nil
+		},
+		func(context.Context) error {
+			stop() // as a signal does
+			<-drained
+			return nil
+		})
+	if err != nil || early {
+		t.Errorf("UntilDrained = %v; another task ended before the server: %v", err, early)
+	}
+}
+
+func TestUntilDrainedEndsWhenATaskFails(t *testing.T) {
+	boom := errors.New("boom")
+	ctx, stop := context.WithCancel(t.Context())
+	err := UntilDrained(ctx, stop, func(ctx context.Context) error { <-ctx.Done(); return nil },
+		func(context.Context) error { return boom })
+	if err != boom {
+		t.Errorf("UntilDrained = %v, want %v", err, boom)
+	}
+}
