@@ -115,6 +115,9 @@ func (p *Proxy) handOver(heir Heir) {
 	var tunnels, conns int
 	var err error
 	for {
+		// What arrives becomes a tunnel or a flow, so it is given in a turn
+		// that begins when nothing does.
+		settled := p.arriving.Load() == 0
 		for _, q := range pods {
 			if err == nil && !declined[q] {
 				var t, c int
@@ -122,7 +125,7 @@ func (p *Proxy) handOver(heir Heir) {
 				tunnels, conns = tunnels+t, conns+c
 			}
 		}
-		if err != nil || p.flows.tunnelled(declined) == 0 || time.Since(start) > handoverTime {
+		if err != nil || settled && p.flows.tunnelled(declined) == 0 || time.Since(start) > handoverTime {
 			break
 		}
 		time.Sleep(handoverPause) // what is being set up

@@ -7,9 +7,11 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -193,6 +195,66 @@ func (h *heirs) Give(text []byte, files []int) error {
 	return h.give(text, files)
 }
 func (h *heirs) Done() error { return nil }
+
+// TestHandoverWaitsForHandshakes replaces a proxy while a tunnel to it is being
+// made: that is finished, and handed over with the rest.
+func TestHandoverWaitsForHandshakes(t *testing.T) {
+	p := newPair(t, echo)
+	servers := begin(t, p.serverNode, p.server)
+	p.serverNode.stop()
+	at := netip.AddrPortFrom(p.server.addr, 15008)
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var work sync.WaitGroup
+	t.Cleanup(work.Wait)
+	t.Cleanup(func() { l.Close() })
+	var came atomic.Int64
+	release := make(chan struct{})
+	work.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			came.Add(1)
+			s, err := net.Dial("tcp", at.String())
+			if err != nil {
+				t.Error(err)
+				c.Close()
+				return
+			}
+			work.Go(func() { io.Copy(s, c); s.Close() })
+			work.Go(func() { // the server's part of the handshake is held back
+				<-release
+				io.Copy(c, s)
+				c.Close()
+			})
+		}
+	})
+	p.client.outlet.route(at, addrPort(l.Addr()))
+	c := p.client.dial(p.service)
+	old := servers.node.Proxy
+	eventually(t, "a handshake", func() bool { return came.Load() == 1 && old.arriving.Load() == 1 })
+	moved := make(chan int, 1)
+	go func() { moved <- servers.succeed() }()
+	eventually(t, "the end of the old one", old.stoppedNow)
+	close(release)
+	if err := roundTrip(c, "hello"); err != nil {
+		t.Error(err)
+	}
+	if n := <-moved; n != 1 {
+		t.Errorf("%d tunnels were handed over, want the one", n)
+	}
+	if err := roundTrip(c, "and then"); err != nil {
+		t.Error(err)
+	}
+	if n := came.Load(); n != 1 {
+		t.Errorf("%d tunnels were made, want one", n)
+	}
+	p.clientNode.stop()
+}
 
 // TestFailedHandoverDrains shows that connections which nobody takes go on
 // until they drain, as without a successor.

@@ -59,6 +59,7 @@ func (c tunnelCaller) refuse(status int) { _ = c.request.Reject(status) }
 // servePlain serves one plain connection from outside the mesh. It passes the
 // same decision as a tunnelled one, as nobody.
 func (q *pod) servePlain(c *net.TCPConn) {
+	q.proxy.arriving.Add(-1) // it stays with this process
 	src, dst := addrPort(c.RemoteAddr()), addrPort(c.LocalAddr())
 	q.clients.add(src)
 	defer q.clients.remove(src)

@@ -35,6 +35,7 @@ func (q *pod) serveOutbound(c *net.TCPConn) {
 	info := q.info.Load()
 	if err := q.loops(info, src.Addr(), dst.Addr()); err != nil {
 		q.proxy.cfg.Log.Warn("a connection was refused", "pod", info.Name, "namespace", info.Namespace, "target", dst, "error", err)
+		q.proxy.arriving.Add(-1)
 		abort(c)
 		return
 	}
@@ -60,6 +61,7 @@ func (q *pod) serveOutbound(c *net.TCPConn) {
 		f.plain = &plainFlow{stats: new(relay.Stats)}
 	}
 	q.carry(f, func() (bool, error) {
+		q.proxy.arriving.Add(-1) // the flow is in the books
 		if err := q.room(f); err != nil {
 			return false, err
 		}

@@ -118,17 +118,21 @@ func (q *pod) start() {
 	q.resolver.start()
 }
 
-// accept hands connections to serve until l is closed.
+// accept hands connections to serve until l is closed. Serve takes each out of
+// the proxy's count of those that arrive.
 func (q *pod) accept(l *net.TCPListener, serve func(*net.TCPConn)) {
 	var complained time.Time
 	for {
 		c, err := l.AcceptTCP()
 		if err == nil {
+			q.proxy.arriving.Add(1)
 			q.conns.Go(func() {
 				defer c.Close()
-				if err := tune(c); err == nil { // else it is gone already
-					serve(c)
+				if err := tune(c); err != nil { // it is gone already
+					q.proxy.arriving.Add(-1)
+					return
 				}
+				serve(c)
 			})
 			continue
 		}
@@ -160,6 +164,7 @@ func tune(c *net.TCPConn) error {
 // one fails is not worth more than a line for who looks closer: anybody can make
 // them fail.
 func (q *pod) serveHBONE(c *net.TCPConn) {
+	defer q.proxy.arriving.Add(-1)
 	stop := context.AfterFunc(q.alive, func() { c.Close() })
 	defer stop()
 	from := c.RemoteAddr()

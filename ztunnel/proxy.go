@@ -22,6 +22,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -107,7 +108,8 @@ type Proxy struct {
 	// enter makes the way out of a pod's namespace. Tests replace it.
 	enter func(handoff.Files) (outlet, error)
 
-	leaving sync.WaitGroup // pods that drain
+	leaving  sync.WaitGroup // pods that drain
+	arriving atomic.Int64   // connections that were accepted, and are no tunnel and no flow yet
 
 	mu      sync.Mutex
 	pods    map[string]*pod // by UID: those that are served

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -275,6 +276,60 @@ func TestShutdown(t *testing.T) {
 	if n := w.server.Tunnels(); n != 0 {
 		t.Errorf("%d tunnels are left", n)
 	}
+}
+
+// A peer whose process ends hangs up on handshakes, or sends away whoever has
+// just come. The next connection to it is its successor's. One who always hangs
+// up is not asked for ever.
+func TestPeerOnItsWayOut(t *testing.T) {
+	var came atomic.Int64
+	end := func(n int64, cut func(*net.TCPConn)) option {
+		return func(w *world, _ *ServerConfig, _ *PoolConfig) {
+			came.Store(0)
+			w.tunnels = listen(t, func(c *net.TCPConn) {
+				if came.Add(1) <= n {
+					cut(c)
+					return
+				}
+				if err := w.server.Serve(context.Background(), c); err != nil {
+					t.Logf("serve: %v", err)
+				}
+			})
+		}
+	}
+	for name, cut := range map[string]func(*net.TCPConn){
+		"closed": func(c *net.TCPConn) { _ = c.Close() },
+		"reset":  func(c *net.TCPConn) { _ = c.SetLinger(0); _ = c.Close() },
+		"closed when half the handshake was done": func(c *net.TCPConn) {
+			_, _ = io.ReadAtLeast(c, make([]byte, 1<<12), 1)
+			_ = c.Close()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, echo, end(1, cut))
+			roundTrip(t, w.dial(), "hello")
+		})
+		t.Run("always "+name, func(t *testing.T) {
+			w := newWorld(t, echo, end(1<<30, cut))
+			if c, err := net.Dial("tcp", w.out); err == nil { // else the reset was faster
+				defer c.Close()
+			}
+			if err := w.over(w.theOut(0)); err == nil || came.Load() != 2 {
+				t.Errorf("%v after %d attempts, want an error after 2", err, came.Load())
+			}
+		})
+	}
+	t.Run("sent away", func(t *testing.T) {
+		var going *Server
+		w := newWorld(t, echo, func(w *world, sc *ServerConfig, pc *PoolConfig) {
+			going = w.serving.NewServer(*sc)
+			end(1, func(c *net.TCPConn) { _ = going.Serve(context.Background(), c) })(w, sc, pc)
+		})
+		going.Shutdown()
+		roundTrip(t, w.dial(), "hello")
+		going.Abort(errors.New("the test is over"))
+		going.Wait()
+	})
 }
 
 // An unused tunnel is released, and a dead peer is noticed.

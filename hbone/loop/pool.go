@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -114,7 +115,8 @@ type opening struct {
 	authority string
 	header    hbone.Header
 	deadline  time.Time
-	tries     int
+	tries     int32
+	dials     int32  // that came to nothing because the peer was on its way out
 	sent      uint64 // where our HEADERS end in the tunnel's output
 }
 
@@ -160,8 +162,9 @@ func (e *Engine) NewPool(cfg PoolConfig) *Pool {
 //
 // The error that ends c is a *hbone.StatusError if the peer refused. A request
 // for which the peer certainly did nothing, because the tunnel was stale, going
-// away or full, is tried again on another; nothing else is tried twice, least
-// of all a handshake with a wrong peer.
+// away or full, is tried again on another, and so is once a handshake that the
+// peer has cut off; nothing else is tried twice, least of all a handshake with a
+// wrong peer.
 func (p *Pool) Connect(ctx context.Context, t hbone.Target, authority string, h hbone.Header, c *Conn, fd int, owner Owner) error {
 	c.owner, c.fd = owner, int32(fd)
 	c.opening = &opening{
@@ -215,13 +218,24 @@ func (p *Pool) send(ctx context.Context, c *Conn) error {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
-		if d.err != nil {
-			return d.err
+		err := d.err
+		if err == nil {
+			if err = d.made.useless(); err == nil || d.made.move.Load() {
+				continue
+			}
 		}
-		if err := d.made.useless(); err != nil && !d.made.move.Load() {
-			return err // dialing on would go on for ever
+		// Dialing on would go on for ever. Once is for a peer whose process ends
+		// just now: the next connection is its successor's.
+		if op.dials++; op.dials > 1 || d.err != nil && !cutOff(d.err) {
+			return err
 		}
 	}
+}
+
+// cutOff reports whether a peer has hung up before it has said anything about
+// this end. It has done nothing for it then.
+func cutOff(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE)
 }
 
 // useless returns why a new tunnel takes no connection at all, or nil if it
