@@ -94,8 +94,19 @@ func (p Policy) Validate() error {
 	if p.Name.Namespace == "" || p.Name.Name == "" {
 		bad("name %q lacks a part", p.Name)
 	}
-	if !slices.Contains([]Scope{ScopeGlobal, ScopeNamespace, ScopeSelector}, p.Scope) {
+	if !slices.Contains([]Scope{ScopeGlobal, ScopeNamespace, ScopeSelector, ScopeTarget}, p.Scope) {
 		bad("scope %q is not known", p.Scope)
+	}
+	if p.Scope == ScopeTarget && len(p.Targets) == 0 {
+		bad("scope is target, but there are none")
+	}
+	if p.Scope != ScopeTarget && len(p.Targets) > 0 {
+		bad("there are targets, but the scope is %q", p.Scope)
+	}
+	for i, t := range p.Targets {
+		if err := t.validate(); err != nil {
+			bad("target %d: %w", i, err)
+		}
 	}
 	if p.Action != Allow && p.Action != Deny {
 		bad("action %v is neither allow nor deny", p.Action)
@@ -110,32 +121,6 @@ func (p Policy) Validate() error {
 		}
 	}
 	return wrap("policy", p.Name.String(), errs)
-}
-
-// validate returns what is wrong with m, joined, or nil.
-func (m Match) validate() error {
-	var errs []error
-	for _, s := range slices.Concat(m.Namespaces, m.NotNamespaces, m.Principals, m.NotPrincipals) {
-		if s.Kind == MatchUnset || s.Kind > MatchPresence {
-			errs = append(errs, fmt.Errorf("string match %v is not known", s.Kind))
-		}
-	}
-	for _, p := range slices.Concat(m.SourceIPs, m.NotSourceIPs, m.DestinationIPs, m.NotDestinationIPs) {
-		if !p.IsValid() {
-			errs = append(errs, errors.New("an address range is empty"))
-		}
-	}
-	for _, a := range slices.Concat(m.ServiceAccounts, m.NotServiceAccounts) {
-		if a.Namespace == "" || a.ServiceAccount == "" {
-			errs = append(errs, fmt.Errorf("service account %q/%q lacks a part", a.Namespace, a.ServiceAccount))
-		}
-	}
-	for _, p := range slices.Concat(m.DestinationPorts, m.NotDestPorts) {
-		if p == 0 {
-			errs = append(errs, errors.New("port 0 is not a port"))
-		}
-	}
-	return errors.Join(errs...)
 }
 
 // validate checks that r names one gateway, or none.

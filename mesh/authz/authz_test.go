@@ -106,7 +106,7 @@ func TestMatches(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			for _, action := range []mesh.Action{mesh.Allow, mesh.Deny} {
 				p := &mesh.Policy{Action: action, Groups: tc.groups}
-				if got := matches(p, tc.facts); got != tc.want {
+				if got := matches(p, &tc.facts); got != tc.want {
 					t.Errorf("%v policy matches: %v, want %v", action, got, tc.want)
 				}
 			}
