@@ -107,6 +107,7 @@ type World struct {
 	selectors map[string][]policySelector // policies with a selector, by namespace of the pods they may select; "" is all
 	peers     peerAuths
 	drafts    map[mesh.RouteKey]*routeDraft // while compiling
+	subsets   map[subsetKey]bool            // that some DestinationRule in force has
 	labelKeys map[string]bool               // of pods, that TrafficPolicies ask for
 	direct    map[string]bool               // namespaces whose pods may be reached without a tunnel within a node
 
@@ -128,7 +129,7 @@ type policySelector struct {
 // policies. Pods are compiled one by one with World.Workload.
 func Compile(s Settings, in Inputs) *World {
 	w := &World{settings: s.withDefaults(), selectors: map[string][]policySelector{},
-		drafts: map[mesh.RouteKey]*routeDraft{}, labelKeys: map[string]bool{}}
+		drafts: map[mesh.RouteKey]*routeDraft{}, labelKeys: map[string]bool{}, subsets: map[subsetKey]bool{}}
 	w.direct = directNamespaces(in.Namespaces)
 	w.compileServices(in.Services)
 	w.compileSlices(in)
@@ -136,8 +137,8 @@ func Compile(s Settings, in Inputs) *World {
 	w.compileGuards(in.Pods)
 	w.compileAuthorizationPolicies(in.AuthorizationPolicies)
 	w.compilePeerAuthentications(in.PeerAuthentications)
-	w.compileVirtualServices(in.VirtualServices)
 	w.compileDestinationRules(in.DestinationRules)
+	w.compileVirtualServices(in.VirtualServices)
 	w.compileGatewayRoutes(in)
 	w.finishRoutes()
 	w.compileBackendTLS(in)

@@ -86,37 +86,30 @@ func ReadPeerAuthentication(u *unstructured.Unstructured) PeerAuthentication {
 // A VirtualService is the Kubernetes object of that name, read.
 type VirtualService struct {
 	Meta
-	Spec *networkingv1alpha3.VirtualService // nil when Err is set
+	Spec *networkingv1alpha3.VirtualService // what of it could be read
+	read findings
 }
 
 // ReadVirtualService reads an object of kind VirtualService of the group
 // networking.istio.io, in any version: they all have one shape.
 func ReadVirtualService(u *unstructured.Unstructured) VirtualService {
-	out := VirtualService{Meta: readName(u)}
-	spec := &networkingv1alpha3.VirtualService{}
-	if out.Err = readSpec(u, spec); out.Err == nil {
-		out.Spec = spec
-	}
+	out := VirtualService{Meta: readName(u), Spec: &networkingv1alpha3.VirtualService{}}
+	out.read = readSpecByField(u, out.Spec)
 	return out
 }
 
 // A DestinationRule is the Kubernetes object of that name, read.
 type DestinationRule struct {
 	Meta
-	// Host is spec.host, also when Err is set.
-	Host string
-	Spec *networkingv1alpha3.DestinationRule // nil when Err is set
+	Spec *networkingv1alpha3.DestinationRule // what of it could be read
+	read findings
 }
 
 // ReadDestinationRule reads an object of kind DestinationRule of the group
 // networking.istio.io, in any version.
 func ReadDestinationRule(u *unstructured.Unstructured) DestinationRule {
-	out := DestinationRule{Meta: readName(u)}
-	out.Host, _, _ = unstructured.NestedString(u.Object, "spec", "host")
-	spec := &networkingv1alpha3.DestinationRule{}
-	if out.Err = readSpec(u, spec); out.Err == nil {
-		out.Spec = spec
-	}
+	out := DestinationRule{Meta: readName(u), Spec: &networkingv1alpha3.DestinationRule{}}
+	out.read = readSpecByField(u, out.Spec)
 	return out
 }
 

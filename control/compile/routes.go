@@ -30,6 +30,11 @@ func (w *World) draft(key mesh.RouteKey) *routeDraft {
 // and what they do not match is left to the VirtualServices.
 func (w *World) finishRoutes() {
 	for key, d := range w.drafts {
+		if len(d.gateway) == 0 && key.Protocol != mesh.RouteHTTP {
+			// Connections that no VirtualService has a rule for go where they
+			// would go without it.
+			d.istio = append(d.istio, mesh.Rule{Backends: []mesh.Backend{{Service: key.Service, Port: key.Port, Weight: 1}}})
+		}
 		w.Routes = append(w.Routes, mesh.Route{RouteKey: key, Rules: slices.Concat(d.gateway, d.istio)})
 	}
 	w.drafts = nil

@@ -76,6 +76,13 @@ const (
 	reasonInvalid     = "Invalid"          // not understood; the safe reading is enforced
 	reasonConflicted  = "Conflicted"       // an older object wins
 	reasonNoWaypoint  = "NoWaypoint"       // meant for a proxy that is not there
+	reasonResolved    = "ResolvedRefs"
+	reasonNotFound    = "NotFound"   // it names what does not exist
+	reasonProgrammed  = "Programmed" // proxies follow it
+	reasonDelegate    = "Delegate"   // others have taken it in
+	reasonNoMesh      = "NotForMesh" // it is for Gateways only
+	reasonNotAllowed  = "NotAllowed" // it names what it may not change
+	reasonOverridden  = "Overridden" // another object is in its place
 )
 
 // The kinds of objects that get a Status.

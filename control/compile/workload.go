@@ -61,6 +61,7 @@ func (w *World) Workload(pod *corev1.Pod, node *corev1.Node) (mesh.Workload, boo
 		Services:          w.memberships(pod, addrs),
 		Policies:          w.policiesFor(pod.Namespace, set),
 		Direct:            w.direct[pod.Namespace],
+		Labels:            w.asked(pod.Labels),
 	}
 	// The node agent writes the annotation once the pod is captured and takes
 	// it off before it lets go, so nobody tunnels to a pod that is not
@@ -81,6 +82,21 @@ func (w *World) Workload(pod *corev1.Pod, node *corev1.Node) (mesh.Workload, boo
 		slices.SortFunc(out.Policies, mesh.Name.Compare)
 	}
 	return out, true
+}
+
+// asked returns those of the labels that some TrafficPolicy asks for: the
+// others would be sent to every proxy for nobody.
+func (w *World) asked(set map[string]string) map[string]string {
+	var out map[string]string
+	for k := range w.labelKeys {
+		if v, ok := set[k]; ok {
+			if out == nil {
+				out = map[string]string{}
+			}
+			out[k] = v
+		}
+	}
+	return out
 }
 
 // directNamespaces returns the namespaces whose label says that connections
