@@ -10,8 +10,8 @@ func (e *Engine) chain() []Filter {
 		// can believe it.
 		sanitize{},
 		// Who may not pass learns nothing of routes, and costs nothing more.
-		&authorize{e},
+		&authorize{e: e},
 		// All that follows depends on the rule.
-		&match{e},
+		&match{e: e},
 	}
 }

@@ -2,13 +2,76 @@ package l7
 
 import (
 	"net/netip"
+	"sync"
 
 	"github.com/weft-mesh/weft/mesh"
+	"github.com/weft-mesh/weft/mesh/balance"
 )
 
 // An Endpoint is where a request may be sent: a workload at one of its ports,
 // or, without a workload, the address that the client asked for.
 type Endpoint struct {
 	Workload *mesh.Workload // nil if it is not known
-	Address  netip.AddrPort
+	// Address has only a port if the workload is reached by its host name.
+	Address netip.AddrPort
+
+	balance *balance.Endpoint // nil if it was not chosen
+	cluster *cluster
+	links   *links
+}
+
+// links are the transports to one endpoint. They outlive the Endpoint, which is
+// another one when its workload has changed.
+type links struct {
+	mu           sync.Mutex
+	http1, http2 transport // guarded by mu; made on demand
+}
+
+// over returns the transport for a version.
+func (ep *Endpoint) over(v Version) transport {
+	l := ep.links
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if v == HTTP2 {
+		if l.http2 == nil {
+			l.http2 = newHTTP2Transport(ep.cluster.e, ep)
+		}
+		return l.http2
+	}
+	if l.http1 == nil {
+		l.http1 = &http1Pool{e: ep.cluster.e, ep: ep}
+	}
+	return l.http1
+}
+
+// each calls f for each transport that was made.
+func (l *links) each(f func(transport)) {
+	l.mu.Lock()
+	h1, h2 := l.http1, l.http2
+	l.mu.Unlock()
+	if h1 != nil {
+		f(h1)
+	}
+	if h2 != nil {
+		f(h2)
+	}
+}
+
+// target returns what the Dialer is told.
+func (ep *Endpoint) target(x *Exchange) Target {
+	t := Target{Workload: ep.Workload, Address: ep.Address, Keepalive: x.Policy.Connections.Keepalive}
+	if x.BackendService != nil {
+		t.Service = x.BackendService.Name
+	}
+	if tls := x.Policy.TLS; tls != nil && (tls.Mode == mesh.TLSSimple || tls.Mode == mesh.TLSMutual) {
+		t.TLS, t.ServerName = tls, tls.SNI
+		if t.ServerName == "" {
+			t.ServerName = string(hostOf(x.Request.Authority))
+		}
+		t.ALPN = []string{"http/1.1"}
+		if x.upstream == HTTP2 {
+			t.ALPN = []string{"h2"}
+		}
+	}
+	return t
 }

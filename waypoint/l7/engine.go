@@ -3,15 +3,19 @@ package l7
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/weft-mesh/weft/mesh"
+	"github.com/weft-mesh/weft/mesh/route"
 	"github.com/weft-mesh/weft/mesh/view"
 )
 
@@ -50,7 +54,7 @@ type Limits struct {
 	StreamIdle  time.Duration // without a byte in either direction; default 5 min
 	Sniff       time.Duration // for a client to speak first; default 100 ms
 	Gather      int           // a body up to this is kept for retries; default 64 KiB
-	Drain       time.Duration // for exchanges to end after Serve's context has; default 20 s
+	Drain       time.Duration // that Drain lasts; default 20 s
 	Requests    int           // per connection of a client; default no limit
 }
 
@@ -97,6 +101,21 @@ type Engine struct {
 	log     *slog.Logger
 	rand    func() uint64
 	filters []Filter
+	clock   *clock
+
+	exchanges sync.Pool
+	tables    sync.Map     // *mesh.Route to its *route.Table
+	noRoute   *route.Table // of services without a Route
+	direct    *route.Rule  // of workloads that are asked for by their addresses
+
+	clusterMu sync.Mutex // who writes clusters
+	clusters  atomic.Pointer[map[clusterKey]*cluster]
+
+	draining atomic.Bool
+	drainBy  atomic.Int64 // by the coarse clock: when quiet connections are closed
+
+	quietMu sync.Mutex
+	quietly map[*conn]struct{} // guarded by quietMu: that wait for a request
 }
 
 // New returns an Engine. It starts nothing.
@@ -104,31 +123,141 @@ func New(cfg Config) (*Engine, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	e := &Engine{cfg: cfg, limits: cfg.Limits.orDefault(), log: cfg.Logger, rand: cfg.Rand}
+	e := &Engine{cfg: cfg, limits: cfg.Limits.orDefault(), log: cfg.Logger, rand: cfg.Rand, clock: newClock(), quietly: map[*conn]struct{}{}}
 	if e.log == nil {
 		e.log = slog.New(slog.DiscardHandler)
 	}
 	if e.rand == nil {
 		e.rand = rand.Uint64
 	}
+	e.exchanges.New = func() any { return new(Exchange) }
+	e.clusters.Store(&map[clusterKey]*cluster{})
+	e.noRoute = route.Compile(nil)
+	e.direct = &route.Rule{Spec: &mesh.Rule{Name: "direct"}}
 	e.filters = e.chain()
+	if len(e.filters) > maxFilters {
+		return nil, fmt.Errorf("l7: %d filters, and room for %d", len(e.filters), maxFilters)
+	}
 	return e, nil
 }
 
-// Run does the engine's housekeeping (deadlines, idle connections, changes of
-// the View, the access log) until ctx ends, and then closes the connections to
+// Run does the engine's housekeeping (deadlines, idle connections, what a change
+// of the View leaves behind) until ctx ends, and then closes the connections to
 // endpoints. End it after every Serve has returned.
 func (e *Engine) Run(ctx context.Context) error {
-	<-ctx.Done()
-	return nil
+	t := time.NewTicker(tick)
+	defer t.Stop()
+	for n := 0; ; n++ {
+		select {
+		case <-ctx.Done():
+			for _, c := range *e.clusters.Load() {
+				c.close()
+			}
+			return nil
+		case <-t.C:
+		}
+		e.clock.advance()
+		if by := e.drainBy.Load(); by != 0 && e.clock.now.Load() >= by {
+			e.closeQuiet()
+		}
+		if n%20 == 19 {
+			e.sweep()
+		}
+	}
 }
 
-// Serve serves a connection until it ends, and closes it. When ctx ends it
-// drains: exchanges that run may end within Limits.Drain, and clients are told
-// to go elsewhere; then it is cut. The error says why the connection did not
-// end in order, nil if it did; who called has nothing left to do about it but
-// log it.
-func (e *Engine) Serve(ctx context.Context, conn net.Conn, facts Facts) error {
-	defer conn.Close()
-	return errors.New("l7: not served yet")
+// sweep closes idle connections to endpoints, and forgets what the View has not
+// any more.
+func (e *Engine) sweep() {
+	v := e.cfg.Store.Load()
+	now := e.clock.now.Load()
+	var gone []clusterKey
+	for k, c := range *e.clusters.Load() {
+		c.trim(now)
+		if c.gone(v) {
+			gone = append(gone, k)
+		}
+	}
+	e.forget(gone)
+	known := map[*mesh.Route]bool{}
+	for r := range v.Routes() {
+		known[r] = true
+	}
+	e.tables.Range(func(k, _ any) bool {
+		if !known[k.(*mesh.Route)] {
+			e.tables.Delete(k)
+		}
+		return true
+	})
+}
+
+// Drain makes clients go elsewhere, without failing a request: answers tell them
+// to close their connections, and those on which nothing happens are closed
+// when most of Limits.Drain is over. It returns at once. Whoever calls it ends
+// the contexts of Serve when that time is over.
+func (e *Engine) Drain() {
+	if e.draining.CompareAndSwap(false, true) {
+		e.drainBy.Store(max(1, e.clock.now.Load()+int64(e.limits.Drain)*9/10))
+	}
+}
+
+// quiet notes that c waits for a request, and unquiet that one has come.
+func (e *Engine) quiet(c *conn) {
+	e.quietMu.Lock()
+	e.quietly[c] = struct{}{}
+	e.quietMu.Unlock()
+}
+
+func (e *Engine) unquiet(c *conn) {
+	e.quietMu.Lock()
+	delete(e.quietly, c)
+	e.quietMu.Unlock()
+}
+
+// closeQuiet lets connections on which nothing happens end.
+func (e *Engine) closeQuiet() {
+	e.quietMu.Lock()
+	defer e.quietMu.Unlock()
+	for c := range e.quietly {
+		c.why.CompareAndSwap(notInterrupted, timedOut)
+		interrupt(c.Conn)
+	}
+}
+
+// Serve serves a connection until it ends, and closes it. The end of ctx cuts it
+// short; see Drain for the kind way. The error says why the connection did not
+// end in order, nil if it did: whoever called has nothing left to do about it
+// but log it.
+func (e *Engine) Serve(ctx context.Context, netConn net.Conn, facts Facts) error {
+	c := newConn(e, netConn, facts)
+	defer func() {
+		if !c.given.Load() {
+			_ = c.Conn.Close() // what had to be said was said
+		}
+	}()
+	e.clock.watch(&c.idle)
+	defer e.clock.forget(&c.idle)
+	stop := context.AfterFunc(ctx, func() {
+		c.why.Store(stopped)
+		if x := c.running.Load(); x != nil {
+			x.work.interrupt(engineStopped)
+		}
+		cut(c.Conn)
+	})
+	defer stop()
+	v := e.cfg.Store.Load()
+	if !v.Synced() {
+		return errors.New("serve: nothing is known of the mesh yet")
+	}
+	p, err := e.protocol(v, c)
+	if err != nil {
+		return err
+	}
+	switch p {
+	case speaksHTTP1:
+		return e.serveHTTP1(ctx, c)
+	case speaksHTTP2:
+		return e.serveHTTP2(ctx, c)
+	}
+	return e.serveTCP(ctx, c)
 }

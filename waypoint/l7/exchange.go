@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/weft-mesh/weft/mesh"
+	"github.com/weft-mesh/weft/mesh/route"
 	"github.com/weft-mesh/weft/mesh/view"
 	"github.com/weft-mesh/weft/waypoint/l7/msg"
 )
@@ -63,17 +64,22 @@ type Exchange struct {
 	// Service and Port are what was asked for: Facts.Service, or zero.
 	Service *mesh.Service
 	Port    uint16
-	// Route is nil if the service has none, and Rule then is the default one.
-	// Match is the one of Rule's matches that held, nil if it has none.
-	Route *mesh.Route
-	Rule  *mesh.Rule
-	Match *mesh.RequestMatch
-	// Backend is the one of Rule's backends that was drawn. Policy is the one of
-	// its service, subset and port, never nil after that.
-	Backend        *mesh.Backend
+	// Matched is the rule that the request met, and Drawn the one of its
+	// backends that was drawn: nil before the filter that matches, and Drawn
+	// also if there is nothing to draw from.
+	Matched route.Result
+	Drawn   *route.Backend
+	// BackendService and BackendPort are what Drawn names, or what was asked
+	// for; BackendService is nil if that does not exist. Policy is theirs: it is
+	// nil only before the filter that matches.
 	BackendService *mesh.Service
 	BackendPort    uint16
 	Policy         *mesh.TrafficPolicy
+	// Hash of what the policy's HashKey says, and the session, if the request
+	// has them: a filter finds out, and the choice of the endpoint follows.
+	Hash    uint64
+	Hashed  bool
+	Session string
 	// Endpoint is who was tried last, nil if nobody was.
 	Endpoint *Endpoint
 
@@ -107,10 +113,15 @@ type Exchange struct {
 	// to remember from OnRequest until OnEnd. It is zero when a request begins.
 	Scratch [maxFilters]uint64
 
-	ctx    context.Context
-	engine *Engine
-	answer answer
-	work   work
+	ctx     context.Context
+	engine  *Engine
+	cluster *cluster
+	// upstream is the version that the endpoint is spoken to in.
+	upstream Version
+	answer   answer
+	work     work
+	// idle is set anew whenever something moves; nil if the client has none.
+	idle *deadline
 }
 
 // maxFilters bounds the chain.
@@ -118,9 +129,7 @@ const maxFilters = 24
 
 // answer is what the proxy says by itself.
 type answer struct {
-	body    []byte
-	text    string // or this
-	closing bool   // the connection is not to be used again
+	body string
 }
 
 // Context ends when the client is gone or the engine is stopped by force. It is
@@ -160,7 +169,7 @@ func (x *Exchange) Answer(status int, body string, flags Flags, details string) 
 	x.Response.Status = status
 	x.Flags |= flags
 	x.Details = details
-	x.answer = answer{text: body, closing: x.answer.closing}
+	x.answer = answer{body: body}
 	return Answered
 }
 

@@ -10,6 +10,9 @@ type Error struct {
 // Error returns the reason.
 func (e *Error) Error() string { return "http/1: " + e.Reason }
 
+// Malformed tells a malformed message from a connection that has failed.
+func (e *Error) Malformed() bool { return true }
+
 func bad(reason string) *Error { return &Error{400, reason} }
 
 // The errors are made once: refusing must be cheap, too. They are never

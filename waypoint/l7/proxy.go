@@ -1,0 +1,295 @@
+package l7
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/weft-mesh/weft/mesh/balance"
+	"github.com/weft-mesh/weft/waypoint/l7/msg"
+)
+
+// newExchange returns an Exchange for the next request of a connection, whose
+// Facts it has and nothing else.
+func (e *Engine) newExchange(ctx context.Context, facts *Facts) *Exchange {
+	x := e.exchanges.Get().(*Exchange)
+	x.engine, x.ctx, x.Facts = e, ctx, facts
+	x.Port = facts.Port
+	return x
+}
+
+// putExchange takes back an Exchange that is over.
+func (e *Engine) putExchange(x *Exchange) {
+	x.work.reset()
+	x.Request.Reset()
+	x.Response.Reset()
+	req, resp, w := x.Request.Added, x.Response.Added, &x.work
+	*x = Exchange{work: work{tried: w.tried, timer: nil}}
+	x.Request.Added, x.Response.Added = req, resp
+	e.exchanges.Put(x)
+}
+
+// exchange runs one exchange, from the request's head to the end of its
+// response. last says that the connection is not to carry another one. It
+// returns whether it can.
+func (e *Engine) exchange(x *Exchange, cl client, last bool) (keep bool) {
+	x.work.last = last || e.draining.Load()
+	switch e.request(x) {
+	case Continue:
+		keep = e.forward(x, cl)
+	case Close:
+		cl.abort()
+	default:
+		keep = e.local(x, cl)
+	}
+	e.end(x)
+	return keep
+}
+
+// reject answers what is no request: no filter sees it before its end.
+func (e *Engine) reject(x *Exchange, cl client, status int, flag Flags, details, failure string) {
+	x.Start = time.Now()
+	x.View = e.cfg.Store.Load()
+	x.work.last = true
+	x.Failure = failure
+	x.Answer(status, "", flag, details)
+	e.local(x, cl)
+	e.end(x)
+}
+
+// request decides on a request: it takes the View, and asks the filters. It
+// does not wait unless one of them Blocks.
+func (e *Engine) request(x *Exchange) Verdict {
+	x.Start = time.Now()
+	x.View = e.cfg.Store.Load()
+	x.OriginalPath = x.Request.Path
+	x.Request.Scheme = schemeHTTP
+	if x.Facts.Scheme == "https" {
+		x.Request.Scheme = schemeHTTPS
+	}
+	x.GRPC = isGRPC(x.Request.Get(msg.ContentType))
+	path, ok := normalizePath(x.Request.Path, nil)
+	if !ok {
+		return x.Answer(400, "", FlagDownstreamProtocol, "path_normalization_failed")
+	}
+	x.Request.Path = path
+	for i, f := range e.filters {
+		x.work.reached = i + 1
+		if v := f.OnRequest(x); v != Continue {
+			if v == Refuse {
+				x.Answer(500, "", 0, "filter_refused")
+			}
+			return v
+		}
+	}
+	return Continue
+}
+
+// respond lets the filters see the response's head before it goes out.
+func (e *Engine) respond(x *Exchange) {
+	for i := x.work.reached - 1; i >= 0; i-- {
+		e.filters[i].OnResponse(x)
+	}
+}
+
+// end lets the filters see how it went.
+func (e *Engine) end(x *Exchange) {
+	x.work.settle()
+	x.End = time.Now()
+	for _, f := range e.filters {
+		f.OnEnd(x)
+	}
+}
+
+// The schemes are read only.
+var (
+	schemeHTTP  = []byte("http")
+	schemeHTTPS = []byte("https")
+)
+
+// isGRPC reports whether a content-type is gRPC's.
+func isGRPC(contentType []byte) bool {
+	const want = "application/grpc"
+	if len(contentType) < len(want) || !msg.EqualFold(contentType[:len(want)], want) {
+		return false
+	}
+	return len(contentType) == len(want) || contentType[len(want)] == '+' || contentType[len(want)] == ';'
+}
+
+// forward sends a request to an endpoint, or to several one after the other,
+// and passes the answer on.
+func (e *Engine) forward(x *Exchange, cl client) (keep bool) {
+	if f := e.ready(x, cl); f != nil {
+		return e.failed(x, cl, f)
+	}
+	breaker := &x.cluster.group.Breaker
+	if !breaker.Take(balance.Requests) {
+		return e.failed(x, cl, errOverflow)
+	}
+	defer breaker.Release(balance.Requests)
+	x.work.beginRoute(x, time.Duration(x.Matched.Rule.Spec.Timeout))
+	retrying := false
+	defer func() {
+		if retrying {
+			breaker.Release(balance.Retries)
+		}
+	}()
+	for {
+		c, f := e.try(x, cl)
+		if f == nil {
+			return e.reply(x, cl, c)
+		}
+		again := e.again(x, f)
+		if again && !retrying {
+			if retrying = breaker.Take(balance.Retries); !retrying {
+				x.Flags |= FlagOverflow
+				again = false
+			}
+		}
+		if !again && c != nil {
+			return e.reply(x, cl, c) // it is an answer, if not a good one
+		}
+		if c != nil {
+			e.endCall(x, c, balance.Answered(x.Response.Status), false)
+		}
+		if !again {
+			return e.failed(x, cl, f)
+		}
+		if !e.pause(x) {
+			return e.failed(x, cl, e.interrupted(x, f))
+		}
+	}
+}
+
+// again decides whether a failed try is followed by another.
+func (e *Engine) again(x *Exchange, f *tryError) bool {
+	r := x.Matched.Rule.Spec.Retry
+	w := &x.work
+	if f.kind != failedStatus && !retriable(r, f.kind, x.GRPC) || r == nil {
+		return false
+	}
+	if w.lost || w.upload != nil && !w.upload.over() {
+		return false // the body is gone, or still coming
+	}
+	if x.Attempts > r.Attempts {
+		if r.Attempts > 0 {
+			x.Flags |= FlagRetriesExhausted
+		}
+		return false
+	}
+	return true
+}
+
+// pause waits before another try. It returns false if there is no point in one
+// any more.
+func (e *Engine) pause(x *Exchange) bool {
+	d := backoff(x.Matched.Rule.Spec.Retry, x.Attempts, e.rand())
+	ctx, cancel := context.WithCancel(x.ctx)
+	defer cancel()
+	if !x.work.dialing(cancel) && x.work.why() != tryTimeout {
+		return false
+	}
+	defer x.work.dialed()
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// interrupted returns the failure that stands for why the exchange was
+// interrupted, or f if it was not.
+func (e *Engine) interrupted(x *Exchange, f *tryError) *tryError {
+	switch x.work.why() {
+	case routeTimeout:
+		return &tryError{kind: failedTimeout, cause: f}
+	case tryTimeout:
+		return &tryError{kind: failedTry, cause: f}
+	case streamIdle:
+		return &tryError{kind: failedIdle, cause: f}
+	case clientGone:
+		return &tryError{kind: failedClient, cause: f}
+	case engineStopped:
+		return &tryError{kind: failedStopped, cause: f}
+	}
+	if x.ctx.Err() != nil {
+		return &tryError{kind: failedStopped, cause: f}
+	}
+	return f
+}
+
+// failed answers for a request that could not be served.
+func (e *Engine) failed(x *Exchange, cl client, f *tryError) bool {
+	x.work.settle()
+	o := &outcomes[f.kind]
+	x.Flags |= o.flag
+	if f.cause != nil {
+		x.Failure = f.cause.Error()
+	}
+	if f.kind == failedClient {
+		x.Details = o.details
+		cl.abort()
+		return false
+	}
+	x.Answer(o.status, o.body, 0, o.details)
+	if f.kind == failedOverflow {
+		msg.Append(&x.Response, "x-envoy-overloaded", "true")
+	}
+	return e.local(x, cl)
+}
+
+// ready makes what of the body is there ready to be sent with the head: all of
+// it if it is small.
+func (e *Engine) ready(x *Exchange, cl client) *tryError {
+	w := &x.work
+	h := &x.Request
+	switch {
+	case h.Body == msg.NoBody:
+		w.whole = true
+		return nil
+	case h.Body == msg.Sized && h.Length <= int64(e.limits.Gather):
+		if g, ok := cl.body().(interface{ whole(int) ([]byte, error) }); ok {
+			piece, err := g.whole(int(h.Length))
+			if err != nil {
+				return requestFailed(err)
+			}
+			w.piece, w.whole = piece, true
+			x.RequestBytes = h.Length
+			return nil
+		}
+	}
+	if !cl.body().Ready() {
+		return nil
+	}
+	piece, err := cl.body().Next()
+	w.whole = isEOF(err)
+	if err != nil && !w.whole {
+		return requestFailed(err)
+	}
+	w.piece = piece
+	x.RequestBytes = int64(len(piece))
+	w.whole = w.whole && cl.body().Trailer() == nil
+	if w.whole {
+		return nil
+	}
+	w.keep(x, piece)
+	return nil
+}
+
+// requestFailed says what an error of the request's body means.
+func requestFailed(err error) *tryError {
+	kind := failedClient
+	var s interface{ Malformed() bool }
+	switch {
+	case errors.Is(err, errTimedOut):
+		kind = failedIdle
+	case errors.Is(err, errStopped):
+		kind = failedStopped
+	case errors.As(err, &s) && s.Malformed():
+		kind = failedRequest
+	}
+	return &tryError{kind: kind, cause: err}
+}
