@@ -30,6 +30,11 @@ type state struct {
 	Workloads []mesh.Workload `json:"workloads,omitempty"`
 	Services  []mesh.Service  `json:"services,omitempty"`
 	Policies  []mesh.Policy   `json:"policies,omitempty"`
+
+	Routes          []mesh.Route         `json:"routes,omitempty"`
+	TrafficPolicies []mesh.TrafficPolicy `json:"trafficPolicies,omitempty"`
+	Waypoints       []mesh.Waypoint      `json:"waypoints,omitempty"`
+
 	Statuses  []Status        `json:"statuses,omitempty"`
 }
 
@@ -74,8 +79,10 @@ func TestStoriesInAnyOrder(t *testing.T) {
 		want := string(compileStory(t, readObjects(t, file(story, "objects.yaml"))))
 		for range 10 {
 			in := readObjects(t, file(story, "objects.yaml"))
-			for _, list := range []any{in.Pods, in.Nodes, in.Services, in.Namespaces, in.Slices, in.AuthorizationPolicies, in.PeerAuthentications} {
-				rnd.Shuffle(reflect.ValueOf(list).Len(), reflect.Swapper(list))
+			for _, list := range reflect.ValueOf(in).Fields() {
+				if list.Kind() == reflect.Slice {
+					rnd.Shuffle(list.Len(), reflect.Swapper(list.Interface()))
+				}
 			}
 			if diff := cmp.Diff(want, string(compileStory(t, in))); diff != "" {
 				t.Fatalf("%s: the order of the objects matters (-want +got):\n%s", path, diff)
@@ -98,7 +105,8 @@ func file(a *txtar.Archive, name string) []byte {
 func compileStory(t *testing.T, in Inputs) []byte {
 	t.Helper()
 	w := Compile(Settings{}, in)
-	out := state{Services: w.Services, Policies: w.Policies, Statuses: w.Statuses}
+	out := state{Services: w.Services, Policies: w.Policies, Statuses: w.Statuses,
+		Routes: w.Routes, TrafficPolicies: w.TrafficPolicies, Waypoints: w.Waypoints}
 	nodes := map[string]*corev1.Node{}
 	for _, n := range in.Nodes {
 		nodes[n.Name] = n
@@ -169,6 +177,28 @@ func readObjects(t *testing.T, b []byte) Inputs {
 			in.AuthorizationPolicies = append(in.AuthorizationPolicies, ReadAuthorizationPolicy(u))
 		case "PeerAuthentication":
 			in.PeerAuthentications = append(in.PeerAuthentications, ReadPeerAuthentication(u))
+		case "VirtualService":
+			in.VirtualServices = append(in.VirtualServices, ReadVirtualService(u))
+		case "DestinationRule":
+			in.DestinationRules = append(in.DestinationRules, ReadDestinationRule(u))
+		case "GatewayClass":
+			in.GatewayClasses = append(in.GatewayClasses, ReadGatewayClass(u))
+		case "Gateway":
+			in.Gateways = append(in.Gateways, ReadGateway(u))
+		case "HTTPRoute":
+			in.HTTPRoutes = append(in.HTTPRoutes, ReadHTTPRoute(u))
+		case "GRPCRoute":
+			in.GRPCRoutes = append(in.GRPCRoutes, ReadGRPCRoute(u))
+		case "TCPRoute":
+			in.TCPRoutes = append(in.TCPRoutes, ReadTCPRoute(u))
+		case "TLSRoute":
+			in.TLSRoutes = append(in.TLSRoutes, ReadTLSRoute(u))
+		case "ReferenceGrant":
+			in.ReferenceGrants = append(in.ReferenceGrants, ReadReferenceGrant(u))
+		case "BackendTLSPolicy":
+			in.BackendTLSPolicies = append(in.BackendTLSPolicies, ReadBackendTLSPolicy(u))
+		case "ConfigMap":
+			in.ConfigMaps = append(in.ConfigMaps, typed[corev1.ConfigMap](t, doc))
 		default:
 			t.Fatalf("kind %q in\n%s", u.GetKind(), doc)
 		}

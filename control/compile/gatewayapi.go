@@ -32,6 +32,8 @@ type Object[S any] struct {
 	// RuleErrs says, by their place in spec.rules, why rules could not be
 	// read. When Err is set and no rule has an error, the fault is beside them.
 	RuleErrs map[int]error
+	// Blind are those of them whose matches could not be read.
+	Blind map[int]bool
 }
 
 // The objects of the Gateway API. All versions of a kind have one shape.
@@ -118,12 +120,18 @@ func readRoute[S, R any](u *unstructured.Unstructured) Object[S] {
 		if err == nil {
 			err = readStrict(b, &into)
 		}
-		if err != nil {
-			if out.RuleErrs == nil {
-				out.RuleErrs = map[int]error{}
-			}
-			out.RuleErrs[i] = err
+		if err == nil {
+			continue
 		}
+		if out.RuleErrs == nil {
+			out.RuleErrs, out.Blind = map[int]error{}, map[int]bool{}
+		}
+		out.RuleErrs[i] = err
+		rule, _ := r.(map[string]any)
+		if b, err = json.Marshal(map[string]any{"matches": rule["matches"]}); err == nil && rule["matches"] != nil {
+			err = readStrict(b, new(R))
+		}
+		out.Blind[i] = rule == nil || err != nil
 	}
 	return out
 }
