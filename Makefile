@@ -56,6 +56,10 @@ e2e: ## tests on a real two-node cluster
 bench: ## capture and the tunnel against others: CPU time, interleaved; into out/bench.json (root)
 	@.ci/deps; .ci/deps-bench; mkdir -p out; WEFT_BENCH=$(CURDIR)/out/bench.json go test -v -count=1 -p 1 -timeout 40m -run '^TestBenchmark' ./node/capture ./cmd/ztunnel/blackbox
 
+.PHONY: soak
+soak: ## 15,000 idle and 200 active connections for ten minutes (root)
+	@WEFT_SOAK=10m go test -v -count=1 -timeout 30m -run '^TestSoak$$' ./cmd/ztunnel/blackbox
+
 .PHONY: bench-go
 bench-go: ## Go benchmarks of single packages
 	@go test -run '^$$' -bench . -benchmem ./...

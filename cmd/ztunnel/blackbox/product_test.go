@@ -270,11 +270,21 @@ type street struct {
 	ca                     *testca.CA
 	one, two               *product
 	client, server         *testnet.Pod
+	pairs                  []pair // more captured ones, if asked for
 	bareClient, bareServer *testnet.Pod
 	apps, nearApps         [2]netip.AddrPort // echo and sink of server, and of bareServer
 }
 
-func newStreet(t *testing.T) *street {
+// A pair is a captured client, and a captured server with its applications.
+type pair struct {
+	client, server *testnet.Pod
+	apps           [2]netip.AddrPort
+}
+
+func newStreet(t *testing.T) *street { return newWideStreet(t, 0) }
+
+// newWideStreet is newStreet with more pairs of captured pods.
+func newWideStreet(t *testing.T, more int) *street {
 	t.Helper()
 	w := testnet.New(t)
 	one, two := w.Node("one"), w.Node("two")
@@ -284,19 +294,30 @@ func newStreet(t *testing.T) *street {
 		client: one.PodWithoutIPv6("client", testnet.Routed), server: two.PodWithoutIPv6("server", testnet.Routed),
 		bareClient: one.PodWithoutIPv6("bare-client", testnet.Routed), bareServer: two.PodWithoutIPv6("bare-server", testnet.Routed),
 	}
-	for _, p := range []*testnet.Pod{s.client, s.server, s.bareClient, s.bareServer} {
+	captured := []*testnet.Pod{s.client, s.server}
+	for i := range more {
+		p := pair{client: one.PodWithoutIPv6(fmt.Sprint("client-", i), testnet.Routed), server: two.PodWithoutIPv6(fmt.Sprint("server-", i), testnet.Routed)}
+		p.apps = [2]netip.AddrPort{netip.AddrPortFrom(p.server.V4, echoPort), netip.AddrPortFrom(p.server.V4, sinkPort)}
+		s.pairs = append(s.pairs, p)
+		captured = append(captured, p.client, p.server)
+	}
+	for _, p := range append([]*testnet.Pod{s.bareClient, s.bareServer}, captured...) {
 		p.Sysctl("net/ipv4/tcp_tw_reuse", "1")
 		p.Sysctl("net/ipv4/ip_local_port_range", "16384 60999")
 	}
-	c := newControl(t, s.ca, resources(s.client, s.server))
+	c := newControl(t, s.ca, resources(captured...))
 	path, bpffs := program(t), testnet.BPFFS(t)
 	s.one, s.two = newProduct(t, path, one, c, bpffs), newProduct(t, path, two, c, bpffs)
-	s.one.enrol(t, s.client)
-	s.two.enrol(t, s.server)
+	for i, p := range captured {
+		[]*product{s.one, s.two}[i%2].enrol(t, p)
+	}
 	s.apps = [2]netip.AddrPort{netip.AddrPortFrom(s.server.V4, echoPort), netip.AddrPortFrom(s.server.V4, sinkPort)}
 	s.nearApps = [2]netip.AddrPort{netip.AddrPortFrom(s.bareServer.V4, echoPort), netip.AddrPortFrom(s.bareServer.V4, sinkPort)}
 	s.process(t, "server", s.apps, s.server)
 	s.process(t, "server", s.nearApps, s.bareServer)
+	for _, p := range s.pairs {
+		s.process(t, "server", p.apps, p.server)
+	}
 	return s
 }
 
@@ -311,9 +332,9 @@ func (s *street) process(t *testing.T, role string, arg any, at *testnet.Pod) *b
 	return p
 }
 
-// resources is a mesh of two workloads and two policies, one of which lets the
-// client in.
-func resources(client, server *testnet.Pod) feed.Resources {
+// resources is a mesh of workloads, clients and servers in turn, and of two
+// policies, one of which lets the clients in.
+func resources(pods ...*testnet.Pod) feed.Resources {
 	workload := func(p *testnet.Pod) mesh.Workload {
 		return mesh.Workload{
 			UID: mesh.UID("Kubernetes//Pod/shop/" + p.Name), Name: mesh.Name{Namespace: "shop", Name: p.Name},
@@ -321,8 +342,11 @@ func resources(client, server *testnet.Pod) feed.Resources {
 			Identity: identityOf(p.Name), CanonicalName: p.Name, CanonicalRevision: "v1", Node: p.Node.Name,
 		}
 	}
-	principal := func(name string) mesh.Match {
-		return mesh.Match{Principals: []mesh.StringMatch{{Kind: mesh.MatchExact, Value: strings.TrimPrefix(identityOf(name).String(), "spiffe://")}}}
+	principal := func(names ...string) (m mesh.Match) {
+		for _, name := range names {
+			m.Principals = append(m.Principals, mesh.StringMatch{Kind: mesh.MatchExact, Value: strings.TrimPrefix(identityOf(name).String(), "spiffe://")})
+		}
+		return m
 	}
 	policy := func(name string, action mesh.Action, m mesh.Match) mesh.Policy {
 		return mesh.Policy{
@@ -330,9 +354,17 @@ func resources(client, server *testnet.Pod) feed.Resources {
 			Groups: []mesh.Group{{Clauses: []mesh.Clause{{Matches: []mesh.Match{m}}}}},
 		}
 	}
+	var workloads []mesh.Workload
+	var clients []string
+	for i, p := range pods {
+		workloads = append(workloads, workload(p))
+		if i%2 == 0 {
+			clients = append(clients, p.Name)
+		}
+	}
 	return feed.Resources{
-		Workloads: []mesh.Workload{workload(client), workload(server)},
-		Policies:  []mesh.Policy{policy("allow-client", mesh.Allow, principal("client")), policy("deny-mallory", mesh.Deny, principal("mallory"))},
+		Workloads: workloads,
+		Policies:  []mesh.Policy{policy("allow-client", mesh.Allow, principal(clients...)), policy("deny-mallory", mesh.Deny, principal("mallory"))},
 	}
 }
 
