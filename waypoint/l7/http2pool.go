@@ -1,0 +1,203 @@
+package l7
+
+import (
+	"context"
+	"errors"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/weft-mesh/weft/mesh/balance"
+	"github.com/weft-mesh/weft/waypoint/l7/h2"
+)
+
+// http2Pool is the transport of HTTP/2: connections to one endpoint, which carry
+// many exchanges at once. The next is opened when the others are nearly full.
+type http2Pool struct {
+	e  *Engine
+	ep *Endpoint
+
+	mu      sync.Mutex
+	conns   []*http2Conn // guarded by mu
+	dialing *http2Dial   // guarded by mu: nil if nobody dials
+	closed  bool         // guarded by mu
+}
+
+// An http2Conn is one connection to an endpoint.
+type http2Conn struct {
+	*h2.Conn
+	pool *http2Pool
+	net  net.Conn
+	born int64 // by the coarse clock
+	used atomic.Int64
+}
+
+// An http2Dial is a connection in the making, which others wait for too.
+type http2Dial struct {
+	done chan struct{}
+	err  error // set before done is closed
+}
+
+// nearlyFull is the part of the streams at which another connection is opened,
+// in percent.
+const nearlyFull = 80
+
+// mostStreams bounds those of one connection, if the endpoint allows more.
+const mostStreams = 1000
+
+func newHTTP2Transport(e *Engine, ep *Endpoint) transport { return &http2Pool{e: e, ep: ep} }
+
+// call implements transport.
+func (p *http2Pool) call(ctx context.Context, x *Exchange) (call, error) {
+	full := false // use connections to their last stream
+	for {
+		if c := p.open(x, full); c != nil {
+			return c, nil
+		}
+		if full {
+			return nil, errOverflow
+		}
+		err := p.connect(ctx, x)
+		switch {
+		case errors.Is(err, errOverflow):
+			full = true
+		case errors.Is(err, context.Canceled) && ctx.Err() == nil: // another's
+		case err != nil:
+			return nil, err
+		}
+	}
+}
+
+// open opens a stream on a connection that has room, nil if none has.
+func (p *http2Pool) open(x *Exchange, full bool) *http2Call {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, hc := range p.conns {
+		open, allowed := hc.Load()
+		allowed = min(allowed, mostStreams)
+		if limit := int(x.Policy.Connections.MaxConcurrentStream); limit > 0 {
+			allowed = min(allowed, limit)
+		}
+		if !full && allowed > 1 {
+			allowed = max(1, allowed*nearlyFull/100)
+		}
+		if open >= allowed {
+			continue
+		}
+		c := &http2Call{conn: hc, x: x}
+		s, err := hc.Open(c)
+		if err != nil {
+			continue
+		}
+		c.s = s
+		c.in.init(s)
+		c.first = hc.used.Add(1) == 1
+		if most := x.Policy.Connections.MaxRequestsPerConn; most > 0 && hc.used.Load() >= int64(most) {
+			p.drop(hc)
+			c.last = true
+		}
+		return c
+	}
+	return nil
+}
+
+// drop takes hc out of the pool. The mutex is held.
+func (p *http2Pool) drop(hc *http2Conn) {
+	for i, other := range p.conns {
+		if other == hc {
+			p.conns = append(p.conns[:i:i], p.conns[i+1:]...)
+			return
+		}
+	}
+}
+
+// connect opens a connection, or waits for the one that is being opened.
+func (p *http2Pool) connect(ctx context.Context, x *Exchange) error {
+	p.mu.Lock()
+	if d := p.dialing; d != nil {
+		p.mu.Unlock()
+		select {
+		case <-d.done:
+			return d.err
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	d := &http2Dial{done: make(chan struct{})}
+	p.dialing = d
+	p.mu.Unlock()
+	hc, err := p.dial(ctx, x)
+	p.mu.Lock()
+	p.dialing = nil
+	if err == nil {
+		p.conns = append(p.conns, hc)
+	}
+	closed := p.closed
+	p.mu.Unlock()
+	d.err = err
+	close(d.done)
+	if err == nil && closed {
+		hc.Drain()
+	}
+	return err
+}
+
+// dial opens a connection.
+func (p *http2Pool) dial(ctx context.Context, x *Exchange) (*http2Conn, error) {
+	breaker := &p.ep.cluster.group.Breaker
+	if !breaker.Take(balance.Connections) {
+		return nil, errOverflow
+	}
+	conn, err := p.e.dial(ctx, p.ep, x)
+	if err != nil {
+		breaker.Release(balance.Connections)
+		return nil, err
+	}
+	hc := &http2Conn{pool: p, net: conn, born: p.e.clock.now.Load()}
+	hc.Conn = h2.New(conn, h2.Config{List: p.e.limits.HeadBytes, Ended: func() {
+		p.mu.Lock()
+		p.drop(hc)
+		p.mu.Unlock()
+		breaker.Release(balance.Connections)
+	}})
+	go func() {
+		if err := hc.Run(nil); err != nil {
+			p.e.log.Debug("connection to endpoint ended", "endpoint", p.ep.Address, "err", err)
+		}
+	}()
+	return hc, nil
+}
+
+// trim implements transport.
+func (p *http2Pool) trim(before int64) {
+	idleSince := p.e.clock.base.Add(time.Duration(before))
+	most := time.Duration(p.ep.cluster.policy.Load().Connections.MaxDuration)
+	now := p.e.clock.now.Load()
+	var old []*http2Conn
+	p.mu.Lock()
+	for _, hc := range p.conns {
+		since, idle := hc.Idle()
+		if idle && since.Before(idleSince) || most > 0 && time.Duration(now-hc.born) > most {
+			old = append(old, hc)
+		}
+	}
+	for _, hc := range old {
+		p.drop(hc)
+	}
+	p.mu.Unlock()
+	for _, hc := range old {
+		hc.Drain()
+	}
+}
+
+// close implements transport.
+func (p *http2Pool) close() {
+	p.mu.Lock()
+	old := p.conns
+	p.conns, p.closed = nil, true
+	p.mu.Unlock()
+	for _, hc := range old {
+		hc.Drain()
+	}
+}
