@@ -9,9 +9,24 @@ func (e *Engine) chain() []Filter {
 		// What only the mesh may say of a request is taken out before anybody
 		// can believe it.
 		sanitize{},
+		// Every answer and every line of the log has the request's name.
+		&requestID{e: e},
 		// Who may not pass learns nothing of routes, and costs nothing more.
 		&authorize{e: e},
 		// All that follows depends on the rule.
 		&match{e: e},
+		// What is edited of a response is edited last, and of answers that the
+		// filters below give too.
+		edit{},
+		// Browsers ask before they ask; a fault would only confuse them.
+		cors{},
+		// Faults stand for the service, so they are between it and all the rest.
+		&fault{e: e},
+		direct{},
+		// The path and host change for the endpoint only: whatever decides reads
+		// those that the client sent.
+		rewrite{},
+		// The last word before an endpoint is chosen.
+		&session{e: e},
 	}
 }

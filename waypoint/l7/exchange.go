@@ -119,6 +119,7 @@ type Exchange struct {
 	// upstream is the version that the endpoint is spoken to in.
 	upstream Version
 	answer   answer
+	marks    marks
 	work     work
 	// idle is set anew whenever something moves; nil if the client has none.
 	idle *deadline

@@ -1,0 +1,8 @@
+package l7
+
+// marks are what filters remember of an exchange from its request until its
+// response.
+type marks struct {
+	origin []byte // that may read the answer, as CORS has found
+	cookie []byte // that was made for consistent hashing, nil if none was
+}
