@@ -163,13 +163,27 @@ func (l *logBook) count(s string) int {
 
 func (l *logBook) logger() *slog.Logger { return slog.New(slog.NewTextHandler(l, nil)) }
 
-// dynamicClient returns a fake that serves the policy kinds.
+var authorizationPolicies = resource("AuthorizationPolicy")
+
+// resource returns the resource of a kind, in its best version.
+func resource(name string) schema.GroupVersionResource {
+	ks := kinds()
+	k := ks[slices.IndexFunc(ks, func(k kind) bool { return k.name == name })]
+	return k.in(k.versions[0])
+}
+
+// dynamicClient returns a fake that serves all kinds.
 func dynamicClient(objects ...runtime.Object) *dynamicfake.FakeDynamicClient {
-	return dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), map[schema.GroupVersionResource]string{
-		authorizationPolicies: "AuthorizationPolicyList",
-		peerAuthentications:   "PeerAuthenticationList",
+	lists := map[schema.GroupVersionResource]string{
 		authorizationPolicies.GroupResource().WithVersion(olderVersion): "AuthorizationPolicyList",
-	}, objects...)
+		{Version: "v1", Resource: "services"}:                           "ServiceList",
+	}
+	for _, k := range kinds() {
+		for _, v := range k.versions {
+			lists[k.in(v)] = k.name + "List"
+		}
+	}
+	return dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), lists, objects...)
 }
 
 func policy(t *testing.T, kind, ns, name, spec string) *unstructured.Unstructured {

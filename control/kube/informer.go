@@ -41,9 +41,6 @@ func (w *Watcher) makeInformers() {
 	w.slices = discoveryinformers.NewFilteredEndpointSliceInformer(c, "", 0, nil, func(o *metav1.ListOptions) {
 		o.LabelSelector = discoveryv1.LabelManagedBy + "!=" + compile.ManagedBySelector
 	})
-	w.policies = w.newOptionalInformer(authorizationPolicies)
-	w.peers = w.newOptionalInformer(peerAuthentications)
-
 	world := func(any, any) { w.queue.addWorld() }
 	w.wire(w.pods, "Pod", func(before, after any) {
 		for _, o := range []any{before, after} {
@@ -56,8 +53,13 @@ func (w *Watcher) makeInformers() {
 	w.wire(w.services, "Service", world)
 	w.wire(w.slices, "EndpointSlice", world)
 	w.wire(w.namespaces, "Namespace", world)
-	w.wire(w.policies.informer, "AuthorizationPolicy", world)
-	w.wire(w.peers.informer, "PeerAuthentication", world)
+	for _, k := range kinds() {
+		o := w.newOptionalInformer(k)
+		for _, inf := range o.informers {
+			w.wire(inf, k.name, world)
+		}
+		w.optional = append(w.optional, o)
+	}
 }
 
 // wire strips inf's objects, and calls changed with the object before and
@@ -96,7 +98,7 @@ func sameButVersion(a, b any) bool {
 }
 
 // unversioned returns a copy of the object without its resource version, and
-// of a policy without its status.
+// of a kind whose status is written here without its status.
 func unversioned(o any) runtime.Object {
 	obj, ok := o.(runtime.Object)
 	if !ok {
@@ -108,8 +110,11 @@ func unversioned(o any) runtime.Object {
 		return nil
 	}
 	m.SetResourceVersion("")
-	if u, ok := obj.(*unstructured.Unstructured); ok {
-		unstructured.RemoveNestedField(u.Object, "status")
+	switch o := obj.(type) {
+	case *unstructured.Unstructured:
+		unstructured.RemoveNestedField(o.Object, "status")
+	case *corev1.Service:
+		o.Status.Conditions = nil
 	}
 	return obj
 }
@@ -117,51 +122,98 @@ func unversioned(o any) runtime.Object {
 // An optionalInformer watches a kind that may not be installed. While it is
 // not, there is nothing of that kind.
 type optionalInformer struct {
-	resource schema.GroupVersionResource
-	client   dynamic.Interface
-	log      *slog.Logger
-	outage   *outage
-	informer cache.SharedIndexInformer
+	kind
+	client    dynamic.Interface
+	log       *slog.Logger
+	outage    *outage
+	informers []cache.SharedIndexInformer // one for each version; at most one is run
 
 	mu     sync.Mutex
 	absent bool
+	served int // the version that is read, as an index; -1 is none yet
 }
 
-func (w *Watcher) newOptionalInformer(gvr schema.GroupVersionResource) *optionalInformer {
-	return &optionalInformer{
-		resource: gvr, client: w.cfg.Dynamic, log: w.cfg.Log, outage: &w.outage,
-		informer: dynamicinformer.NewFilteredDynamicInformer(w.cfg.Dynamic, gvr, "", 0, cache.Indexers{}, nil).Informer(),
+func (w *Watcher) newOptionalInformer(k kind) *optionalInformer {
+	o := &optionalInformer{kind: k, client: w.cfg.Dynamic, log: w.cfg.Log, outage: &w.outage, served: -1}
+	for _, v := range k.versions {
+		o.informers = append(o.informers, dynamicinformer.NewFilteredDynamicInformer(w.cfg.Dynamic, k.in(v), "", 0, cache.Indexers{}, nil).Informer())
 	}
+	return o
+}
+
+// current returns the informer that is run, and the resource that it watches.
+func (o *optionalInformer) current() (cache.SharedIndexInformer, schema.GroupVersionResource, bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.served < 0 {
+		return nil, schema.GroupVersionResource{}, false
+	}
+	return o.informers[o.served], o.in(o.versions[o.served]), true
+}
+
+// objects returns all objects of the kind, in no order.
+func (o *optionalInformer) objects() []*unstructured.Unstructured {
+	inf, _, ok := o.current()
+	if !ok {
+		return nil
+	}
+	return list[*unstructured.Unstructured](inf)
 }
 
 // run waits until the kind is installed, then runs the informer.
 func (o *optionalInformer) run(ctx context.Context) error {
-	err := run.Retry(ctx, run.Backoff{Min: time.Second, Max: 2 * time.Second}, func(ctx context.Context) error {
-		_, err := o.client.Resource(o.resource).List(ctx, metav1.ListOptions{Limit: 1})
+	wait := run.Backoff{Min: time.Second, Max: 2 * time.Second}
+	if !o.vital {
+		wait.Max = 5 * time.Second // there are many, and they are asked for ever
+	}
+	err := run.Retry(ctx, wait, func(ctx context.Context) error {
+		err := o.find(ctx)
 		missing := apierrors.IsNotFound(err)
-		if missing {
+		if missing && o.vital {
 			// Objects of a version that is not read here are policies all
 			// the same: nobody is answered as if there were none.
-			if older, ask := o.served(ctx); older || ask != nil {
+			if older, ask := o.older(ctx); older || ask != nil {
 				missing, err = false, cmp.Or(ask, errOlderVersion)
 			}
 		}
+		level := slog.LevelInfo
+		if o.vital {
+			level = slog.LevelWarn
+		}
 		if was := o.setAbsent(missing); missing && !was {
-			o.log.Warn("kind is not installed and nothing of it is enforced; install Weft's custom resource definitions to use it",
-				"resource", o.resource.GroupResource().String())
+			o.log.Log(ctx, level, "kind is not installed and nothing of it is enforced; install its custom resource definition to use it",
+				"resource", o.in("").GroupResource().String())
 		} else if was && err == nil {
-			o.log.Info("kind is installed now", "resource", o.resource.GroupResource().String())
+			o.log.Info("kind is installed now", "resource", o.in("").GroupResource().String())
 		}
 		if err != nil && !missing {
-			o.outage.report("watching "+o.resource.Resource, err)
+			o.outage.report("watching "+o.resource, err)
 		}
 		return err
 	})
 	if err != nil {
 		return nil // ctx has ended
 	}
-	o.informer.RunWithContext(ctx)
+	inf, _, _ := o.current()
+	inf.RunWithContext(ctx)
 	return nil
+}
+
+// find looks for the first version that is served, and settles on it.
+func (o *optionalInformer) find(ctx context.Context) error {
+	var err error
+	for i, v := range o.versions {
+		if _, err = o.client.Resource(o.in(v)).List(ctx, metav1.ListOptions{Limit: 1}); err == nil {
+			o.mu.Lock()
+			o.served = i
+			o.mu.Unlock()
+			return nil
+		}
+		if !apierrors.IsNotFound(err) {
+			return err
+		}
+	}
+	return err
 }
 
 // olderVersion is the one that clusters with old definitions serve alone.
@@ -170,10 +222,10 @@ const olderVersion = "v1beta1"
 // errOlderVersion says that there may be objects that are not read here.
 var errOlderVersion = errors.New("the cluster serves the kind as " + olderVersion + " only")
 
-// served reports whether the cluster serves the kind in an older version. An
+// older reports whether the cluster serves the kind in an older version. An
 // error says that it could not be asked.
-func (o *optionalInformer) served(ctx context.Context) (bool, error) {
-	_, err := o.client.Resource(o.resource.GroupResource().WithVersion(olderVersion)).List(ctx, metav1.ListOptions{Limit: 1})
+func (o *optionalInformer) older(ctx context.Context) (bool, error) {
+	_, err := o.client.Resource(o.in(olderVersion)).List(ctx, metav1.ListOptions{Limit: 1})
 	if apierrors.IsNotFound(err) {
 		return false, nil
 	}
@@ -193,9 +245,9 @@ func (o *optionalInformer) setAbsent(absent bool) bool {
 // not installed. An API server that does not answer, or refuses, is not known.
 func (o *optionalInformer) known() bool {
 	o.mu.Lock()
-	absent := o.absent
+	absent, served := o.absent, o.served
 	o.mu.Unlock()
-	return absent || o.informer.HasSynced()
+	return absent || served >= 0 && o.informers[served].HasSynced()
 }
 
 // An outage logs failing calls of the API server: the first of each purpose

@@ -16,7 +16,6 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
-	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/cache"
@@ -46,7 +45,7 @@ type Sink interface {
 // A WatcherConfig says what a Watcher reads and to whom it tells it.
 type WatcherConfig struct {
 	Client   kubernetes.Interface
-	Dynamic  dynamic.Interface // for the policy kinds, which are read strictly
+	Dynamic  dynamic.Interface // for kinds of custom resources, which are read strictly
 	Settings compile.Settings
 	Sink     Sink
 	Log      *slog.Logger
@@ -54,7 +53,7 @@ type WatcherConfig struct {
 	Registerer prometheus.Registerer
 	// Quiet is how long services, slices and policies must have been quiet
 	// before they are compiled anew, and Patience how long at most a change
-	// waits for that. Zero is 50 ms and 1 s. Pods never wait.
+	// waits for that. Zero is 20 ms and 200 ms. Pods never wait.
 	Quiet, Patience time.Duration
 }
 
@@ -63,7 +62,7 @@ type Watcher struct {
 	cfg WatcherConfig
 
 	pods, nodes, services, slices, namespaces cache.SharedIndexInformer
-	policies, peers                           *optionalInformer
+	optional                                  []*optionalInformer
 
 	queue     queue
 	statuses  board
@@ -76,20 +75,13 @@ type Watcher struct {
 	reachable prometheus.Gauge
 }
 
-// The kinds that a custom resource definition must exist for. Every served
-// version has the same shape; the API server converts.
-var (
-	authorizationPolicies = schema.GroupVersionResource{Group: "security.istio.io", Version: "v1", Resource: "authorizationpolicies"}
-	peerAuthentications   = schema.GroupVersionResource{Group: "security.istio.io", Version: "v1", Resource: "peerauthentications"}
-)
-
 // NewWatcher returns a Watcher; Run starts it.
 func NewWatcher(cfg WatcherConfig) *Watcher {
 	if cfg.Quiet <= 0 {
-		cfg.Quiet = 50 * time.Millisecond
+		cfg.Quiet = 20 * time.Millisecond
 	}
 	if cfg.Patience <= 0 {
-		cfg.Patience = time.Second
+		cfg.Patience = 200 * time.Millisecond
 	}
 	factory := promauto.With(cfg.Registerer)
 	w := &Watcher{
@@ -126,7 +118,9 @@ func (w *Watcher) Run(ctx context.Context) error {
 	for _, inf := range []cache.SharedIndexInformer{w.pods, w.nodes, w.services, w.slices, w.namespaces} {
 		tasks = append(tasks, runInformer(inf))
 	}
-	tasks = append(tasks, w.policies.run, w.peers.run)
+	for _, o := range w.optional {
+		tasks = append(tasks, o.run)
+	}
 	return run.All(ctx, tasks...)
 }
 

@@ -10,7 +10,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
-	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/weft-mesh/weft/api/feed"
@@ -107,10 +106,14 @@ func (w *Watcher) missing() []string {
 	}{
 		{"pods", w.pods.HasSynced()}, {"nodes", w.nodes.HasSynced()}, {"services", w.services.HasSynced()},
 		{"endpointslices", w.slices.HasSynced()}, {"namespaces", w.namespaces.HasSynced()},
-		{"authorizationpolicies", w.policies.known()}, {"peerauthentications", w.peers.known()},
 	} {
 		if !k.ok {
 			out = append(out, k.kind)
+		}
+	}
+	for _, o := range w.optional {
+		if !o.known() {
+			out = append(out, o.resource)
 		}
 	}
 	return out
@@ -272,11 +275,10 @@ func (w *Watcher) inputs() compile.Inputs {
 		Namespaces: list[*corev1.Namespace](w.namespaces),
 		Slices:     list[*discoveryv1.EndpointSlice](w.slices),
 	}
-	for _, u := range list[*unstructured.Unstructured](w.policies.informer) {
-		in.AuthorizationPolicies = append(in.AuthorizationPolicies, compile.ReadAuthorizationPolicy(u))
-	}
-	for _, u := range list[*unstructured.Unstructured](w.peers.informer) {
-		in.PeerAuthentications = append(in.PeerAuthentications, compile.ReadPeerAuthentication(u))
+	for _, o := range w.optional {
+		for _, u := range o.objects() {
+			o.add(&in, u)
+		}
 	}
 	return in
 }

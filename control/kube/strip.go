@@ -98,6 +98,7 @@ func stripContainers(cs []corev1.Container) []corev1.Container {
 func stripService(s *corev1.Service) *corev1.Service {
 	out := &corev1.Service{ObjectMeta: stripMeta(s.ObjectMeta)}
 	out.Annotations = keep(s.Annotations, "networking.istio.io/traffic-distribution")
+	out.Status.Conditions = s.Status.Conditions // one of them is written here
 	out.Spec = corev1.ServiceSpec{
 		Type:                     s.Spec.Type,
 		Selector:                 s.Spec.Selector,
