@@ -35,7 +35,7 @@ type state struct {
 	TrafficPolicies []mesh.TrafficPolicy `json:"trafficPolicies,omitempty"`
 	Waypoints       []mesh.Waypoint      `json:"waypoints,omitempty"`
 
-	Statuses  []Status        `json:"statuses,omitempty"`
+	Statuses []Status `json:"statuses,omitempty"`
 }
 
 // TestStories compiles the Kubernetes YAML of each story and compares the

@@ -304,6 +304,8 @@ func (w *World) bind(namespace string, set labels.Set, service bool) (binding, C
 	bypass := w.namespaces[namespace][labelWaypointFailure] == "bypass"
 	b.guarded = !bypass
 	cond := Condition{Type: WaypointBound, OK: true, Reason: "WaypointAccepted", Message: "bound to waypoint " + name.String()}
+	dead := b.ref // a name that nothing has
+	dead.Service.Host = "not-allowed." + dead.Service.Host
 	fails := func(reason, why string) (binding, Condition) {
 		cond.OK, cond.Reason = false, reason
 		if bypass {
@@ -319,9 +321,10 @@ func (w *World) bind(namespace string, set labels.Set, service bool) (binding, C
 	case !wp.admits(namespace, w.namespaces[namespace]):
 		// Its owner has not agreed, so it must not be asked; and what was meant
 		// to pass a waypoint must not pass none.
-		b.ref.Service.Host = mesh.Host("not-allowed." + string(b.ref.Service.Host))
+		b.ref = dead
 		return fails("WaypointNotAllowed", fmt.Sprintf("the listener of waypoint %s does not allow namespace %s (allowedRoutes.namespaces)", name, namespace))
 	case !wp.serves(service):
+		b.ref = dead
 		return fails("WaypointTypeMismatch", fmt.Sprintf("waypoint %s is for %s traffic only (label %s)", name, wp.For, labelWaypointFor))
 	case wp.refused != "":
 		return fails("WaypointInvalid", fmt.Sprintf("waypoint %s is invalid: %s", name, wp.refused))
@@ -353,7 +356,7 @@ func (w *World) waypointsOfClass(class string) []mesh.Name {
 func (w *waypoint) status() Status {
 	accepted := Condition{Type: Accepted, OK: true, Reason: string(gatewayv1.GatewayReasonAccepted), Message: "a waypoint for " + w.For + " traffic"}
 	programmed := Condition{Type: Programmed, OK: true, Reason: string(gatewayv1.GatewayReasonProgrammed),
-		Message: fmt.Sprintf("%d of its pods are ready, behind %s", w.ready, strings.Join(w.addresses, " and "))}
+		Message: fmt.Sprintf("pods that are ready: %d, reached at %s", w.ready, strings.Join(w.addresses, " and "))}
 	switch {
 	case w.refused != "":
 		accepted = Condition{Type: Accepted, Reason: string(gatewayv1.GatewayReasonInvalidParameters), Message: w.refused}
