@@ -855,3 +855,40 @@ func TestCloseReadDropsAndGoesOn(t *testing.T) {
 		}
 	})
 }
+
+// A stream that was kept aside is quiet until something comes for it.
+func TestQuiet(t *testing.T) {
+	say := make(chan string)
+	w := newWorld(t, func(_ context.Context, r *Request) {
+		s, err := r.Accept(Header{})
+		if err != nil {
+			return
+		}
+		for text := range say {
+			io.WriteString(s, text)
+		}
+		s.Close()
+	})
+	s := w.connect()
+	if !s.Quiet() {
+		t.Error("a new stream is not quiet")
+	}
+	noisy := func(what string) {
+		t.Helper()
+		for deadline := time.Now().Add(5 * time.Second); s.Quiet(); {
+			if time.Now().After(deadline) {
+				t.Fatalf("quiet after %s", what)
+			}
+		}
+	}
+	say <- "x"
+	noisy("a byte")
+	if _, err := io.ReadFull(s, make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	if !s.Quiet() {
+		t.Error("not quiet after the byte was read")
+	}
+	close(say)
+	noisy("the end")
+}

@@ -236,6 +236,15 @@ func (s *Stream) endRead() {
 	wake(s.readable)
 }
 
+// Quiet reports whether nothing has come from the peer that was not read (no
+// bytes, no end and no abort), nor the wish that the tunnel be left. Who has kept
+// a stream aside finds out so whether to go on with it.
+func (s *Stream) Quiet() bool {
+	s.link.mu.Lock()
+	defer s.link.mu.Unlock()
+	return s.queue.n == 0 && s.readErr == nil && s.writeErr == nil && !s.gotEnd && !s.closed && !s.link.tunnel.Draining()
+}
+
 // Close ends both directions. What was written is still delivered; a peer that
 // goes on sending is told to stop.
 func (s *Stream) Close() error {

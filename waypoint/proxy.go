@@ -82,9 +82,13 @@ const (
 	acceptPause = 50 * time.Millisecond
 )
 
-// A Handler serves one connection that came through a tunnel, and closes it.
-// When ctx ends it brings what it does to an end; l7.Engine.Serve is one.
-type Handler func(ctx context.Context, c net.Conn, f l7.Facts) error
+// An Engine serves the connections that come through tunnels; *l7.Engine is one.
+type Engine interface {
+	// Serve serves one connection, and closes it. The end of ctx cuts it.
+	Serve(ctx context.Context, c net.Conn, f l7.Facts) error
+	// Drain brings what is served to an end, in order.
+	Drain()
+}
 
 // A Proxy is one replica of a waypoint. Make it with New; then call Run.
 type Proxy struct {
@@ -114,9 +118,8 @@ func New(cfg Config) (*Proxy, error) {
 			_, err := own(ctx)
 			return err
 		},
-		Handshakes: handshakes,
-		// The engine ends what it serves within Drain; this is for what does not.
-		DrainTimeout: cfg.Drain + time.Second,
+		Handshakes:   handshakes,
+		DrainTimeout: cfg.Drain,
 		Log:          cfg.Log,
 	}
 	p.pool = hbone.NewPool(hbone.PoolConfig{Dial: p.dialTunnel, TLS: p.tunnelTLS, Handshakes: handshakes, Log: cfg.Log})
@@ -124,18 +127,18 @@ func New(cfg Config) (*Proxy, error) {
 }
 
 // Run takes tunnels on l, which it closes, and gives the connections in them to
-// handle, until ctx ends. Then it is not Ready any more; for Config.Linger it
-// takes new connections, then it tells the peers to go elsewhere and ends
-// handle's contexts, and when everything has ended, or has been cut after
-// Config.Drain, it returns.
-func (p *Proxy) Run(ctx context.Context, l net.Listener, handle Handler) error {
+// engine, until ctx ends. Then it is not Ready any more; for Config.Linger it
+// takes new connections, then it tells the peers to go elsewhere and drains
+// engine, and when everything has ended, or has been cut after Config.Drain, it
+// returns.
+func (p *Proxy) Run(ctx context.Context, l net.Listener, engine Engine) error {
 	p.cfg.Identity.Warm(p.cfg.ID)
 	defer p.cfg.Identity.Forget(p.cfg.ID)
 	defer p.pool.Close()
 	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	shake := p.shake
-	shake.Handle = func(alive context.Context, r *hbone.Request) { p.serve(serving, alive, r, handle) }
+	shake.Handle = func(alive context.Context, r *hbone.Request) { p.serve(alive, r, engine) }
 	server := hbone.NewServer(shake)
 
 	var work sync.WaitGroup
@@ -155,6 +158,7 @@ func (p *Proxy) Run(ctx context.Context, l net.Listener, handle Handler) error {
 	}
 	stop()
 	_ = l.Close() // it fails only if it is closed
+	engine.Drain()
 	work.Wait()
 	return err
 }
@@ -193,10 +197,10 @@ func (p *Proxy) accept(ctx context.Context, l net.Listener, server *hbone.Server
 	}
 }
 
-// serve serves one connection of a tunnel. serving ends when the proxy drains,
-// alive when the connection is gone.
-func (p *Proxy) serve(serving, alive context.Context, r *hbone.Request, handle Handler) {
-	facts, err := p.admit(alive, r)
+// serve serves one connection of a tunnel. ctx ends when the connection is gone,
+// or the server's patience with it is over.
+func (p *Proxy) serve(ctx context.Context, r *hbone.Request, engine Engine) {
+	facts, err := p.admit(ctx, r)
 	if err != nil {
 		p.metrics.refused.Inc()
 		p.cfg.Log.Info("a connection was refused", "peer", r.Peer, "from", r.Remote, "target", r.Authority, "error", err)
@@ -213,7 +217,7 @@ func (p *Proxy) serve(serving, alive context.Context, r *hbone.Request, handle H
 		p.open.Add(-1)
 		p.metrics.connections.Dec()
 	}()
-	if err := handle(serving, s, facts); err != nil {
+	if err := engine.Serve(ctx, s, facts); err != nil {
 		p.cfg.Log.Debug("a connection ended", "peer", r.Peer, "source", facts.Source, "target", r.Authority, "error", err)
 	}
 }

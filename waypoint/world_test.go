@@ -59,7 +59,7 @@ func (i issuer) Issue(_ context.Context, id mesh.Identity, csr []byte) (identity
 	return identity.Issued{Chain: [][]byte{i.ca.Sign(id, r.PublicKey, nil).Raw}}, nil
 }
 
-// newWorld starts a waypoint whose handler passes connections through to the
+// newWorld starts a waypoint whose engine passes connections through to the
 // pod, and the pod, which proves to be podID and echoes.
 func newWorld(t *testing.T, podID mesh.Identity) *world {
 	t.Helper()
@@ -89,7 +89,7 @@ func newWorld(t *testing.T, podID mesh.Identity) *world {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		w.ended <- w.proxy.Run(ctx, l, w.passThrough)
+		w.ended <- w.proxy.Run(ctx, l, passThrough{w})
 	}()
 	w.pool = hbone.NewPool(hbone.PoolConfig{
 		Dial: func(ctx context.Context, t hbone.Target) (net.Conn, error) {
@@ -152,8 +152,12 @@ func (w *world) servePod(id mesh.Identity) {
 	w.t.Cleanup(func() { cancel(); l.Close(); wg.Wait() })
 }
 
-// passThrough is the handler: it takes the pod for the endpoint of everything.
-func (w *world) passThrough(ctx context.Context, c net.Conn, f l7.Facts) error {
+// passThrough is an engine that takes the pod for the endpoint of everything.
+type passThrough struct{ *world }
+
+func (w passThrough) Drain() {}
+
+func (w passThrough) Serve(ctx context.Context, c net.Conn, f l7.Facts) error {
 	w.mu.Lock()
 	w.facts = append(w.facts, f)
 	w.mu.Unlock()

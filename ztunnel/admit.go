@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/weft-mesh/weft/hbone"
 	"github.com/weft-mesh/weft/internal/handoff"
@@ -47,11 +48,24 @@ type admission struct {
 // admit decides whether a connection with facts f may reach pod p. It reads
 // one View and touches no socket. addrs are the addresses of the pod.
 func admit(v *view.View, p handoff.Pod, id mesh.Identity, f authz.Facts) admission {
+	return admitUnless(nil, v, p, id, f)
+}
+
+// guards reports whether a policy is one that the control service has made so
+// that nobody goes around a waypoint: no object of the user's has such a name.
+func guards(n mesh.Name) bool { return strings.HasPrefix(n.Name, "weft_waypoint_") }
+
+// admitUnless is admit without the policies that are left out; nil leaves none.
+func admitUnless(leftOut func(mesh.Name) bool, v *view.View, p handoff.Pod, id mesh.Identity, f authz.Facts) admission {
 	if err := ownTarget(p.Addresses, f.Destination); err != nil {
 		return admission{verdict: notOurs, reason: err.Error()}
 	}
 	w := ownWorkload(v, p, id)
 	ps, missing := v.PoliciesFor(w)
+	if leftOut != nil {
+		ps = slices.DeleteFunc(slices.Clone(ps), func(p *mesh.Policy) bool { return leftOut(p.Name) })
+		missing = slices.DeleteFunc(missing, leftOut)
+	}
 	d := authz.Decide(ps, missing, f)
 	a := admission{verdict: denied, reason: d.Reason, dryRun: d.DryRun, workload: w}
 	switch {

@@ -281,7 +281,8 @@ func (p *Proxy) recheckSome(flows []*flow, patient bool) (waiting int) {
 		if !f.admitted.Load() {
 			continue
 		}
-		a := admit(v, *f.pod.info.Load(), f.pod.id, f.facts())
+		// What was open when the pod moved behind a waypoint goes on.
+		a := admitUnless(guards, v, *f.pod.info.Load(), f.pod.id, f.facts())
 		switch {
 		case a.verdict == admitted:
 		case a.workload == nil:

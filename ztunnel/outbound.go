@@ -46,6 +46,9 @@ func (q *pod) serveOutbound(c *net.TCPConn) {
 		from.workload = *own
 	}
 	plan := planOutbound(v, from, dst, rand.Uint64())
+	if plan.hop == toWaypoint || plan.hold {
+		plan = q.awaitWaypoint(ctx, from, dst, plan)
+	}
 	f := &flow{
 		direction: outbound, pod: q, src: endpointOf(src), dst: endpointOf(plan.dial), target: endpointOf(plan.authority),
 		source: own, destination: plan.workload, service: plan.service, start: time.Now().UnixNano(),

@@ -28,6 +28,9 @@ type plan struct {
 	hop hop
 	// why says, in a rejected plan, what the person on call wants to know.
 	why string
+	// hold says, in a rejected plan, that this may pass: the waypoint that the
+	// connection must go through is not there, or not ready.
+	hold bool
 	// dial is the address that TCP connects to; for a tunnel its port is the
 	// HBONE port.
 	dial netip.AddrPort
@@ -49,6 +52,9 @@ type client struct {
 	workload  mesh.Workload // as the View knows it; zero if it does not
 	addresses []netip.Addr  // as the node agent knows them
 	network   string        // of this node
+	// avoid are replicas of waypoints that could not be reached a moment ago:
+	// they are asked again only when there is no other.
+	avoid []netip.AddrPort
 }
 
 // planOutbound plans a connection of from to dst. It reads one View and
@@ -73,7 +79,7 @@ func planOutbound(v *view.View, from client, dst netip.AddrPort, rnd uint64) pla
 	if w == nil {
 		return plan{hop: passthrough, dial: dst}
 	}
-	if !w.Waypoint.IsZero() {
+	if mustPass(v, from, w.Waypoint) {
 		p := planWaypoint(v, from, w.Waypoint, dst, rnd)
 		p.workload = w
 		return p
@@ -89,7 +95,7 @@ func planService(v *view.View, from client, s *mesh.Service, dst netip.AddrPort,
 }
 
 func planServiceHop(v *view.View, from client, s *mesh.Service, dst netip.AddrPort, rnd uint64) plan {
-	if !s.Waypoint.IsZero() {
+	if mustPass(v, from, s.Waypoint) {
 		return planWaypoint(v, from, s.Waypoint, dst, rnd)
 	}
 	if !slices.ContainsFunc(s.Ports, func(p mesh.Port) bool { return p.Service == dst.Port() }) {
@@ -152,22 +158,45 @@ func planWorkload(from client, w *mesh.Workload, dst netip.AddrPort, s *mesh.Ser
 	return p
 }
 
+// mustPass reports whether a connection of from must go through the waypoint
+// ref: all must, but for those of the waypoint's own pods.
+func mustPass(v *view.View, from client, ref mesh.GatewayRef) bool {
+	if ref.IsZero() {
+		return false
+	}
+	s := waypointService(v, ref)
+	return s == nil || !slices.ContainsFunc(from.workload.Services, func(m mesh.Membership) bool { return m.Service == s.Name })
+}
+
+// waypointService returns the service at which a waypoint is reached, or nil.
+func waypointService(v *view.View, ref mesh.GatewayRef) *mesh.Service {
+	if s := v.ServiceByName(ref.Service); s != nil || !ref.Address.IsValid() {
+		return s
+	}
+	return v.Service(ref.Address)
+}
+
 // planWaypoint plans a connection to dst through the waypoint ref. One that is
-// not there rejects: it may be what keeps others out of the target.
+// not there rejects: it may be what keeps others out of the target. But it may
+// still come, so the connection is held.
 func planWaypoint(v *view.View, from client, ref mesh.GatewayRef, dst netip.AddrPort, rnd uint64) plan {
+	p := chooseWaypoint(v, from, ref, dst, rnd)
+	p.hold = p.hop == reject
+	return p
+}
+
+func chooseWaypoint(v *view.View, from client, ref mesh.GatewayRef, dst netip.AddrPort, rnd uint64) plan {
 	port := cmp.Or(ref.Port, hbone.Port)
-	s := v.ServiceByName(ref.Service)
+	s := waypointService(v, ref)
 	if s == nil && ref.Address.IsValid() {
-		if s = v.Service(ref.Address); s == nil {
-			w := v.Workload(ref.Address)
-			if w == nil {
-				return rejected("the waypoint at %v is not known", ref.Address)
-			}
-			return waypointAt(from, w, nil, netip.AddrPortFrom(ref.Address.Unmap(), port), dst)
+		w := v.Workload(ref.Address)
+		if w == nil {
+			return rejected("the waypoint at %v is not known", ref.Address)
 		}
+		return waypointAt(from, w, nil, netip.AddrPortFrom(ref.Address.Unmap(), port), dst)
 	}
 	if s == nil {
-		return rejected("the waypoint service %s is not known", ref.Service)
+		return rejected("the waypoint %s is not there", ref.Service)
 	}
 	cs := candidates(v, from, s.Name, port)
 	if len(cs) == 0 { // its service need not publish the HBONE port
@@ -177,15 +206,30 @@ func planWaypoint(v *view.View, from client, ref mesh.GatewayRef, dst netip.Addr
 			}
 		}
 	}
-	c, ok := balance.Choose(s, from.workload, cs, rnd)
+	c, ok := balance.Choose(s, from.workload, reachable(cs, from.avoid), rnd)
 	if !ok {
-		return rejected("the waypoint service %s has no healthy endpoint", s.Name.Host)
+		c, ok = balance.Choose(s, from.workload, cs, rnd)
+	}
+	if !ok {
+		return rejected("the waypoint %s is not ready: it has no healthy replica", s.Name.Host)
 	}
 	addr, ok := balance.Address(c.Workload, dst.Addr())
 	if !ok {
-		return rejected("workload %s, an endpoint of waypoint service %s, has no address", c.Workload.UID, s.Name.Host)
+		return rejected("workload %s, a replica of the waypoint %s, has no address", c.Workload.UID, s.Name.Host)
 	}
 	return waypointAt(from, c.Workload, s, netip.AddrPortFrom(addr, c.Port), dst)
+}
+
+// reachable returns cs without those at an address of avoid.
+func reachable(cs []balance.Candidate, avoid []netip.AddrPort) []balance.Candidate {
+	if len(avoid) == 0 {
+		return cs
+	}
+	return slices.DeleteFunc(slices.Clone(cs), func(c balance.Candidate) bool {
+		return slices.ContainsFunc(c.Workload.Addresses, func(a netip.Addr) bool {
+			return slices.Contains(avoid, netip.AddrPortFrom(a.Unmap(), c.Port))
+		})
+	})
 }
 
 // waypointAt plans a tunnel for dst to the waypoint w. What is not HBONE

@@ -71,6 +71,9 @@ type Config struct {
 	// left. When the pod is gone they end by themselves; when it only left the
 	// mesh they are its user's. 0 is an hour.
 	LeaveTimeout time.Duration
+	// HoldTimeout is how long a connection that must go through a waypoint waits
+	// for one that can be reached. 0 is 10 seconds.
+	HoldTimeout time.Duration
 	// MaxConnections bounds the open connections of one pod, both directions
 	// together: 10000 if it is zero. More are refused, with a line in the log.
 	MaxConnections int
@@ -126,6 +129,7 @@ var _ handoff.Handler = (*Proxy)(nil)
 func New(cfg Config) *Proxy {
 	cfg.DrainTimeout = cmp.Or(cfg.DrainTimeout, 20*time.Second)
 	cfg.LeaveTimeout = cmp.Or(cfg.LeaveTimeout, time.Hour)
+	cfg.HoldTimeout = cmp.Or(cfg.HoldTimeout, 10*time.Second)
 	cfg.MaxConnections = cmp.Or(cfg.MaxConnections, 10000)
 	p := &Proxy{
 		cfg:       cfg,

@@ -142,7 +142,7 @@ func (w *worker) serve(ctx context.Context) error {
 	}
 	w.made <- engine
 	w.log.Info("serving", "gateway", w.c.gatewayName(), "identity", w.c.id(), "address", l.Addr())
-	return w.proxy.Run(ctx, l, engine.Serve)
+	return w.proxy.Run(ctx, l, engine)
 }
 
 // keep does the engine's housekeeping until ctx ends, which is after serve has.

@@ -32,6 +32,7 @@ type config struct {
 	sameNode  bool
 	accessLog bool
 	drain     time.Duration
+	hold      time.Duration
 	logLevel  string
 	logFormat string
 
@@ -78,6 +79,8 @@ func parseConfig(args []string, env func(string) string) (config, error) {
 	yes(&c.standby, "standby", "STANDBY", false, "stand by for the other ztunnel of this pod: take pods and certificates, and accept connections when the other one is gone")
 	drain := "20s"
 	text(&drain, "drain", "DRAIN_TIMEOUT", drain, "how long open connections may last after the end was asked for; keep it under the pod's grace period")
+	hold := "10s"
+	text(&hold, "waypoint-hold", "WAYPOINT_HOLD", hold, "how long a connection waits for a waypoint that is not there or not ready, before it is refused")
 	text(&c.logLevel, "log-level", "LOG_LEVEL", "info", "trace, debug, info, warn or error")
 	text(&c.logFormat, "log-format", "LOG_FORMAT", "text", "text or json")
 	text(&c.adminAddr, "admin", "", "127.0.0.1:15000", "address of the pages for debugging; they change the process, keep them on localhost")
@@ -92,6 +95,9 @@ func parseConfig(args []string, env func(string) string) (config, error) {
 	var err error
 	if c.drain, err = time.ParseDuration(drain); err != nil {
 		errs = append(errs, fmt.Errorf("drain is %q: want a duration such as 20s", drain))
+	}
+	if c.hold, err = time.ParseDuration(hold); err != nil || c.hold <= 0 {
+		errs = append(errs, fmt.Errorf("waypoint-hold is %q: want a duration such as 10s", hold))
 	}
 	return c, errors.Join(append(errs, c.validate())...)
 }

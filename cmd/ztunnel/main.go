@@ -81,7 +81,7 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 	}
 	cfg := ztunnel.Config{
 		View: store, Identity: manager, Roots: roots.Roots, TrustDomain: c.trustDomain, Network: c.network, Cluster: c.cluster,
-		SameNode: c.sameNode, Log: log, Metrics: reg, DrainTimeout: c.drain,
+		SameNode: c.sameNode, Log: log, Metrics: reg, DrainTimeout: c.drain, HoldTimeout: c.hold,
 		Standby: true, // until the agent says who of the pair is active
 	}
 	if c.accessLog {
