@@ -99,6 +99,7 @@ type Conn struct {
 	final             bool      // and no stream will be begun
 	over              bool      // and none is open
 	lost              bool      // Ended was called
+	broken            bool      // a write has failed
 	dead              error     // why nothing can be sent any more
 	since             time.Time // without streams since then
 	writers           sync.WaitGroup

@@ -253,8 +253,10 @@ func (c *Conn) Flush() { c.flush(false) }
 // flush is Flush; last sends although nothing may follow.
 func (c *Conn) flush(last bool) {
 	c.mu.Lock()
-	for !c.writing && (c.dead == nil || last) {
-		c.fill()
+	for !c.writing && !c.broken && (c.dead == nil || last) {
+		if c.dead == nil {
+			c.fill()
+		}
 		if len(c.out) == 0 {
 			break
 		}
@@ -299,8 +301,11 @@ func (c *Conn) swap() ([]byte, []note) {
 // written ends what swap began. The mutex is held.
 func (c *Conn) written(b []byte, err error) {
 	c.writing = false
-	if err != nil && c.dead == nil {
-		c.dead = err
+	if err != nil && !c.broken {
+		c.broken = true
+		if c.dead == nil {
+			c.dead = err
+		}
 		for _, s := range c.streams {
 			s.room.Broadcast()
 		}
@@ -379,7 +384,7 @@ func (c *Conn) write(b []byte, from int) {
 		if c.dead == nil {
 			c.fill()
 		}
-		if c.dead != nil || len(c.out) == 0 {
+		if c.broken || len(c.out) == 0 {
 			if c.dead == nil {
 				_ = c.conn.SetWriteDeadline(time.Time{}) // it fails on a closed one only
 			}
