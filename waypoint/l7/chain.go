@@ -5,7 +5,7 @@ package l7
 // refused what is malformed or ambiguous, and the engine has normalized the
 // path: so no two filters can understand a request differently.
 func (e *Engine) chain() []Filter {
-	return []Filter{
+	filters := []Filter{
 		// What only the mesh may say of a request is taken out before anybody
 		// can believe it.
 		sanitize{},
@@ -28,5 +28,11 @@ func (e *Engine) chain() []Filter {
 		rewrite{},
 		// The last word before an endpoint is chosen.
 		&session{e: e},
+		// When all is over it is written down.
+		e.access,
 	}
+	if e.metrics != nil {
+		filters = append(filters, e.metrics)
+	}
+	return filters
 }

@@ -102,6 +102,8 @@ type Engine struct {
 	rand    func() uint64
 	filters []Filter
 	clock   *clock
+	access  *accessLog
+	metrics *metrics // nil: nothing is counted
 
 	exchanges sync.Pool
 	tables    sync.Map     // *mesh.Route to its *route.Table
@@ -134,6 +136,8 @@ func New(cfg Config) (*Engine, error) {
 	e.clusters.Store(&map[clusterKey]*cluster{})
 	e.noRoute = route.Compile(nil)
 	e.direct = &route.Rule{Spec: &mesh.Rule{Name: "direct"}}
+	e.access = newAccessLog(cfg.AccessLog, cfg.Waypoint)
+	e.metrics = newMetrics(cfg.Metrics)
 	e.filters = e.chain()
 	if len(e.filters) > maxFilters {
 		return nil, fmt.Errorf("l7: %d filters, and room for %d", len(e.filters), maxFilters)
@@ -142,9 +146,12 @@ func New(cfg Config) (*Engine, error) {
 }
 
 // Run does the engine's housekeeping (deadlines, idle connections, what a change
-// of the View leaves behind) until ctx ends, and then closes the connections to
-// endpoints. End it after every Serve has returned.
+// of the View leaves behind, the access log) until ctx ends, and then closes the
+// connections to endpoints. End it after every Serve has returned.
 func (e *Engine) Run(ctx context.Context) error {
+	var writer sync.WaitGroup
+	writer.Go(func() { e.access.run(ctx) })
+	defer writer.Wait()
 	t := time.NewTicker(tick)
 	defer t.Stop()
 	for n := 0; ; n++ {

@@ -5,4 +5,5 @@ package l7
 type marks struct {
 	origin []byte // that may read the answer, as CORS has found
 	cookie []byte // that was made for consistent hashing, nil if none was
+	opened bool   // the connection was counted as opened
 }

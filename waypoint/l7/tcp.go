@@ -72,6 +72,7 @@ func (e *Engine) connect(x *Exchange, c *conn) error {
 		defer cancel()
 	}
 	c.given.Store(true)
+	e.metrics.open(x)
 	var stats relay.Stats
 	err = relay.Copy(ctx, withUnread(c.Conn, c.unread()), up, &stats)
 	x.RequestBytes, x.ResponseBytes = stats.Sent.Load(), stats.Received.Load()
