@@ -1,6 +1,7 @@
 package compile
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -14,11 +15,11 @@ import (
 // annotationDryRun makes a policy one that is reported and not enforced.
 const annotationDryRun = "istio.io/dry-run"
 
-// compileAuthorizationPolicies adds the policies that ztunnel enforces, the
+// compileAuthorizationPolicies adds the policies that ztunnel and waypoints enforce, the
 // index of those that select pods, and a status for each object.
 func (w *World) compileAuthorizationPolicies(in []AuthorizationPolicy) {
 	for _, ap := range in {
-		p, condition := w.settings.authorizationPolicy(ap)
+		p, condition := w.authorizationPolicy(ap)
 		w.Statuses = append(w.Statuses, Status{
 			Kind: KindAuthorizationPolicy, Name: ap.Name, Generation: ap.Generation,
 			Conditions: []Condition{condition},
@@ -41,54 +42,89 @@ func (w *World) compileAuthorizationPolicies(in []AuthorizationPolicy) {
 	}
 }
 
-// authorizationPolicy compiles one policy. It returns nil when ztunnel has
-// nothing to do with it. The condition says what became of it.
-func (s Settings) authorizationPolicy(ap AuthorizationPolicy) (*mesh.Policy, Condition) {
-	if ap.Targeted && len(ap.Selector) == 0 {
-		return nil, Condition{Type: WaypointAccepted, Reason: reasonNoWaypoint,
-			Message: "not enforced: spec.targetRefs asks for a waypoint or gateway, and this version of Weft has none. " +
-				"Use spec.selector to have it enforced by ztunnel."}
+// authorizationPolicy compiles one policy: for the waypoints of its targets if
+// it names any, else for ztunnel. It returns nil when nobody has anything to do
+// with it. The condition says what became of it.
+func (w *World) authorizationPolicy(ap AuthorizationPolicy) (*mesh.Policy, Condition) {
+	s := w.settings
+	if !ap.Targeted || len(ap.Selector) > 0 {
+		scope := s.scope(ap)
+		e := enforcement{Policy: mesh.Policy{Name: ap.Name, Scope: scope}, by: "ztunnel", kind: ZtunnelAccepted, what: "connection", where: s.where(ap, scope)}
+		if ap.Targeted && ap.Err == nil {
+			ap.Err = errBoth
+		}
+		return s.enforce(ap, e)
 	}
-	p := &mesh.Policy{Name: ap.Name, Scope: s.scope(ap)}
-	where := s.where(ap, p.Scope)
+	e, problems := w.target(ap)
+	if len(e.Targets) == 0 {
+		return nil, Condition{Type: WaypointAccepted, Reason: reasonNotFound, Message: "not enforced: " + listed(problems)}
+	}
+	p, c := s.enforce(ap, e)
+	switch {
+	case len(problems) == 0:
+	case e.nowhere && c.OK:
+		c = Condition{Type: e.kind, Reason: reasonNoWaypoint, Message: "not enforced: " + listed(problems)}
+	default:
+		if c.OK {
+			c.OK, c.Reason = false, reasonNoWaypoint
+		}
+		c.Message += "; but " + listed(problems)
+	}
+	return p, c
+}
+
+// errBoth refuses a policy that says twice where it is enforced.
+var errBoth = errors.New("spec.selector and spec.targetRefs exclude each other")
+
+// An enforcement says where a policy is enforced, and by whom.
+type enforcement struct {
+	mesh.Policy
+	by       string // "ztunnel"
+	kind     string // of the condition
+	what     string // "connection" or "request"
+	where    string
+	nowhere  bool // it has targets, and none of them has a waypoint
+	waypoint bool
+}
+
+// enforce compiles one policy for the place where it is enforced.
+func (s Settings) enforce(ap AuthorizationPolicy, e enforcement) (*mesh.Policy, Condition) {
+	p := &e.Policy
 	dryRun, dryRunErr := readDryRun(ap.Annotations)
 	p.DryRun = dryRun
 
 	if ap.Err != nil {
-		return denyAll(p), invalid(fmt.Sprintf("the policy cannot be read, so every connection to %s is denied: %s", where, ap.Err))
-	}
-	if ap.Targeted {
-		return denyAll(p), invalid(fmt.Sprintf("spec.selector and spec.targetRefs exclude each other, so every connection to %s is denied", where))
+		return denyAll(p), e.invalid("the policy cannot be read, so every %s to %s is denied: %s", e.what, e.where, ap.Err)
 	}
 	action := ap.Spec.GetAction()
 	switch action {
 	case securityv1.AuthorizationPolicy_ALLOW, securityv1.AuthorizationPolicy_DENY:
 	case securityv1.AuthorizationPolicy_AUDIT:
-		return nil, Condition{Type: ZtunnelAccepted, Reason: reasonUnsupported,
-			Message: "not enforced: ztunnel does not support the AUDIT action. It would not change what is allowed. " +
+		return nil, Condition{Type: e.kind, Reason: reasonUnsupported,
+			Message: "not enforced: " + e.by + " does not support the AUDIT action. It would not change what is allowed. " +
 				"To see what a policy would deny, annotate it with " + annotationDryRun + "=true."}
 	case securityv1.AuthorizationPolicy_CUSTOM:
-		return denyAll(p), Condition{Type: ZtunnelAccepted, Reason: reasonUnsupported,
-			Message: "ztunnel does not support the CUSTOM action and cannot ask an external authorizer, so every connection to " + where + " is denied. " +
+		return denyAll(p), Condition{Type: e.kind, Reason: reasonUnsupported,
+			Message: e.by + " does not support the CUSTOM action and cannot ask an external authorizer, so every " + e.what + " to " + e.where + " is denied. " +
 				"Use ALLOW or DENY."}
 	default:
-		return denyAll(p), invalid(fmt.Sprintf("spec.action %d is not known, so every connection to %s is denied", action, where))
+		return denyAll(p), e.invalid("spec.action %d is not known, so every %s to %s is denied", action, e.what, e.where)
 	}
 
-	c := ruleCompiler{namespace: ap.Name.Namespace, deny: action == securityv1.AuthorizationPolicy_DENY}
+	c := ruleCompiler{namespace: ap.Name.Namespace, deny: action == securityv1.AuthorizationPolicy_DENY, waypoint: e.waypoint}
 	for i, r := range ap.Spec.GetRules() {
 		if g, ok := c.rule(fmt.Sprintf("spec.rules[%d]", i), r); ok {
 			p.Groups = append(p.Groups, g)
 		}
 	}
 	if len(c.invalid) > 0 {
-		return c.failClosed(p, where)
+		return c.failClosed(p, e)
 	}
 	p.Action = mesh.Allow
 	if c.deny {
 		p.Action = mesh.Deny
 	}
-	return p, c.condition(where, p.DryRun, dryRunErr)
+	return p, c.condition(e, dryRunErr)
 }
 
 // denyAll makes p deny everything that it applies to.
@@ -98,29 +134,33 @@ func denyAll(p *mesh.Policy) *mesh.Policy {
 	return p
 }
 
+func (e enforcement) invalid(format string, args ...any) Condition {
+	return Condition{Type: e.kind, Reason: reasonInvalid, Message: fmt.Sprintf(format, args...)}
+}
+
 func invalid(message string) Condition {
 	return Condition{Type: ZtunnelAccepted, Reason: reasonInvalid, Message: message}
 }
 
 // failClosed gives p the safe meaning of a policy with invalid rules: a DENY
 // policy denies everything, and an ALLOW policy allows nothing.
-func (c *ruleCompiler) failClosed(p *mesh.Policy, where string) (*mesh.Policy, Condition) {
+func (c *ruleCompiler) failClosed(p *mesh.Policy, e enforcement) (*mesh.Policy, Condition) {
 	why := listed(c.invalid)
 	if c.deny {
-		return denyAll(p), invalid(fmt.Sprintf("the policy is invalid, so every connection to %s is denied: %s", where, why))
+		return denyAll(p), e.invalid("the policy is invalid, so every %s to %s is denied: %s", e.what, e.where, why)
 	}
 	p.Action, p.Groups = mesh.Allow, nil
-	return p, invalid(fmt.Sprintf("the policy is invalid, so it allows nothing, and connections to %s that no other ALLOW policy allows are denied: %s", where, why))
+	return p, e.invalid("the policy is invalid, so it allows nothing, and %ss to %s that no other ALLOW policy allows are denied: %s", e.what, e.where, why)
 }
 
 // condition reports a policy that is enforced.
-func (c *ruleCompiler) condition(where string, dryRun bool, dryRunErr error) Condition {
+func (c *ruleCompiler) condition(e enforcement, dryRunErr error) Condition {
 	verb := "enforced"
-	if dryRun {
+	if e.DryRun {
 		verb = "evaluated but not enforced (dry run)"
 	}
 	if len(c.l7) == 0 && dryRunErr == nil {
-		return Condition{Type: ZtunnelAccepted, OK: true, Reason: reasonAccepted, Message: verb + " by ztunnel for " + where}
+		return Condition{Type: e.kind, OK: true, Reason: reasonAccepted, Message: verb + " by " + e.by + " for " + e.where}
 	}
 	var notes []string
 	if dryRunErr != nil {
@@ -129,13 +169,13 @@ func (c *ruleCompiler) condition(where string, dryRun bool, dryRunErr error) Con
 	if len(c.l7) > 0 {
 		fields := strings.Join(c.l7, ", ")
 		if c.deny {
-			notes = append(notes, "ztunnel cannot check "+fields+" and denies without looking at it: more is denied than the rule says")
+			notes = append(notes, e.by+" cannot check "+fields+" and denies without looking at it: more is denied than the rule says")
 		} else {
-			notes = append(notes, "ztunnel cannot check "+fields+": a rule with such a field allows nothing")
+			notes = append(notes, e.by+" cannot check "+fields+": a rule with such a field allows nothing")
 		}
 	}
-	return Condition{Type: ZtunnelAccepted, Reason: reasonUnsupported,
-		Message: verb + " by ztunnel for " + where + ", but not as written: " + strings.Join(notes, "; ")}
+	return Condition{Type: e.kind, Reason: reasonUnsupported,
+		Message: verb + " by " + e.by + " for " + e.where + ", but not as written: " + strings.Join(notes, "; ")}
 }
 
 // scope returns where the policy applies.

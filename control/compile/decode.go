@@ -45,7 +45,9 @@ type AuthorizationPolicy struct {
 	// Targeted is set when the policy names targets instead of selecting
 	// pods: it is meant for waypoints and gateways.
 	Targeted bool
-	Spec     *securityv1.AuthorizationPolicy // nil when Err is set
+	// Targets are those, as far as they can be read even when Err is set.
+	Targets []TargetRef
+	Spec    *securityv1.AuthorizationPolicy // nil when Err is set
 }
 
 // A PeerAuthentication is the Kubernetes object of that name, read.
@@ -60,11 +62,37 @@ func ReadAuthorizationPolicy(u *unstructured.Unstructured) AuthorizationPolicy {
 	spec := &securityv1.AuthorizationPolicy{}
 	out := AuthorizationPolicy{Meta: readMeta(u)}
 	out.Targeted = hasField(u, "targetRef") || hasField(u, "targetRefs")
+	out.Targets = readTargets(u)
 	if err := readSpec(u, spec); out.Err == nil {
 		out.Err = err
 	}
 	if out.Err == nil {
 		out.Spec = spec
+	}
+	return out
+}
+
+// A TargetRef names what a policy protects.
+type TargetRef struct {
+	Path                         string // where it is written
+	Group, Kind, Namespace, Name string
+}
+
+// readTargets reads spec.targetRefs, and spec.targetRef, its older form.
+func readTargets(u *unstructured.Unstructured) []TargetRef {
+	var out []TargetRef
+	add := func(path string, v any) {
+		m, _ := v.(map[string]any)
+		text := func(k string) string { s, _ := m[k].(string); return s }
+		out = append(out, TargetRef{path, text("group"), text("kind"), text("namespace"), text("name")})
+	}
+	if v, ok, _ := unstructured.NestedFieldNoCopy(u.Object, "spec", "targetRef"); ok && v != nil {
+		add("spec.targetRef", v)
+	}
+	v, _, _ := unstructured.NestedFieldNoCopy(u.Object, "spec", "targetRefs")
+	list, _ := v.([]any)
+	for i, r := range list {
+		add(fmt.Sprintf("spec.targetRefs[%d]", i), r)
 	}
 	return out
 }

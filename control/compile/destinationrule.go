@@ -286,7 +286,9 @@ func (s Settings) checkDestinationRule(dr DestinationRule) *destinationRule {
 			continue
 		}
 		seen[sub.GetName()] = true
-		d.subsets = append(d.subsets, c.subset(path, sub))
+		if out := c.subset(path, sub); out.name != "" {
+			d.subsets = append(d.subsets, out)
+		}
 	}
 	return d
 }

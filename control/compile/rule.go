@@ -17,9 +17,10 @@ import (
 type ruleCompiler struct {
 	namespace string // of the policy, for service accounts without one
 	deny      bool
+	waypoint  bool // it decides on requests, not on connections alone
 
 	invalid []string // complaints about values that mean nothing
-	l7      []string // paths of fields that a connection does not show
+	l7      []string // paths of fields that cannot be known where the policy is enforced
 }
 
 // A part is one alternative of a clause: what can be checked on a connection,
@@ -84,7 +85,7 @@ func (c *ruleCompiler) clause(parts []part) (mesh.Clause, bool) {
 type field struct {
 	name   string
 	values []string
-	read   func(path string, values []string) // nil when a connection does not show it
+	read   func(path string, values []string) // nil when it cannot be known
 }
 
 // read reads the fields of the object at path into the part whose match they
@@ -123,8 +124,8 @@ func (c *ruleCompiler) source(path string, s *securityv1.Source) part {
 		{"notIpBlocks", s.GetNotIpBlocks(), c.blocks(&m.NotSourceIPs)},
 		{"requestPrincipals", s.GetRequestPrincipals(), nil},
 		{"notRequestPrincipals", s.GetNotRequestPrincipals(), nil},
-		{"remoteIpBlocks", s.GetRemoteIpBlocks(), nil},
-		{"notRemoteIpBlocks", s.GetNotRemoteIpBlocks(), nil},
+		{"remoteIpBlocks", s.GetRemoteIpBlocks(), c.request(c.blocks(&m.RemoteIPs))},
+		{"notRemoteIpBlocks", s.GetNotRemoteIpBlocks(), c.request(c.blocks(&m.NotRemoteIPs))},
 		// A connection shows the trust domain, but the wire between control
 		// and proxies has no field for it.
 		{"trustDomains", s.GetTrustDomains(), nil},
@@ -133,18 +134,26 @@ func (c *ruleCompiler) source(path string, s *securityv1.Source) part {
 	return p
 }
 
+// request returns read where requests are decided on, else nil.
+func (c *ruleCompiler) request(read func(string, []string)) func(string, []string) {
+	if !c.waypoint {
+		return nil
+	}
+	return read
+}
+
 func (c *ruleCompiler) operation(path string, o *securityv1.Operation) part {
 	var p part
 	m := &p.match
 	c.read(path, &p, []field{
 		{"ports", o.GetPorts(), c.ports(&m.DestinationPorts)},
 		{"notPorts", o.GetNotPorts(), c.ports(&m.NotDestPorts)},
-		{"hosts", o.GetHosts(), nil},
-		{"notHosts", o.GetNotHosts(), nil},
-		{"methods", o.GetMethods(), nil},
-		{"notMethods", o.GetNotMethods(), nil},
-		{"paths", o.GetPaths(), nil},
-		{"notPaths", o.GetNotPaths(), nil},
+		{"hosts", o.GetHosts(), c.request(c.hosts(&m.Hosts))},
+		{"notHosts", o.GetNotHosts(), c.request(c.hosts(&m.NotHosts))},
+		{"methods", o.GetMethods(), c.request(c.strings(&m.Methods))},
+		{"notMethods", o.GetNotMethods(), c.request(c.strings(&m.NotMethods))},
+		{"paths", o.GetPaths(), c.request(c.paths(&m.Paths))},
+		{"notPaths", o.GetNotPaths(), c.request(c.paths(&m.NotPaths))},
 	})
 	return p
 }
@@ -156,6 +165,14 @@ func needsMore(key string) bool {
 		strings.HasPrefix(key, "request.") || strings.HasPrefix(key, "experimental.envoy.filters.")
 }
 
+// headerKey returns the name in a key like request.headers[User-Agent].
+func headerKey(key string) (string, bool) {
+	rest, ok := strings.CutPrefix(key, "request.headers[")
+	name, closed := strings.CutSuffix(rest, "]")
+	name = strings.ToLower(name)
+	return name, ok && closed && (validToken(name) || strings.HasPrefix(name, ":") && validToken(name[1:]))
+}
+
 func (c *ruleCompiler) when(path string, w *securityv1.Condition) part {
 	var p part
 	m := &p.match
@@ -163,7 +180,13 @@ func (c *ruleCompiler) when(path string, w *securityv1.Condition) part {
 		c.read(path, &p, []field{{"values", w.GetValues(), values}, {"notValues", w.GetNotValues(), not}})
 	}
 	key := w.GetKey()
-	switch {
+	switch header, isHeader := headerKey(key); {
+	case c.waypoint && key == "remote.ip":
+		pair(c.blocks(&m.RemoteIPs), c.blocks(&m.NotRemoteIPs))
+	case c.waypoint && isHeader:
+		h := mesh.HeaderMatch{Name: header}
+		pair(c.strings(&h.Values), c.strings(&h.NotValues))
+		m.Headers = []mesh.HeaderMatch{h}
 	case needsMore(key):
 		p.l7 = true
 		c.note(fmt.Sprintf("%s (%s)", path, key))
@@ -206,6 +229,39 @@ func (c *ruleCompiler) strings(to *[]mesh.StringMatch) func(string, []string) {
 		*to = append(*to, m)
 		return err
 	})
+}
+
+// hosts reads host names, which are compared without regard to case.
+func (c *ruleCompiler) hosts(to *[]mesh.StringMatch) func(string, []string) {
+	return c.eachValue(func(v string) error {
+		m, err := stringMatch(strings.ToLower(v))
+		*to = append(*to, m)
+		return err
+	})
+}
+
+// paths reads paths, which may be templates.
+func (c *ruleCompiler) paths(to *[]mesh.StringMatch) func(string, []string) {
+	return c.eachValue(func(v string) error {
+		m, err := pathMatch(v)
+		*to = append(*to, m)
+		return err
+	})
+}
+
+// pathMatch reads a path, or a template whose segments may be {*} for any one
+// and {**} for any number.
+func pathMatch(v string) (mesh.StringMatch, error) {
+	if !strings.ContainsAny(v, "{}") {
+		return stringMatch(v)
+	}
+	for i, segment := range strings.Split(v, "/") {
+		plain := segment == "{*}" || segment == "{**}" || !strings.ContainsAny(segment, "{}*")
+		if i == 0 && segment != "" || !plain {
+			return mesh.StringMatch{}, fmt.Errorf("is %q, want a path that begins with / and whose segments are text, {*} or {**}", v)
+		}
+	}
+	return mesh.StringMatch{Kind: mesh.MatchTemplate, Value: v}, nil
 }
 
 func (c *ruleCompiler) principals(to *[]mesh.StringMatch) func(string, []string) {

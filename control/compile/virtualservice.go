@@ -179,8 +179,7 @@ func (s Settings) readHosts(v *virtualService) {
 func (v *virtualService) checkDelegate() {
 	if len(v.Spec.GetGateways()) > 0 {
 		v.found.bad("spec.hosts", "is empty: name the hosts that the rules are for. (Only a VirtualService that others delegate to has none, and it has no gateways either)")
-	}
-	if len(v.Spec.GetTls())+len(v.Spec.GetTcp()) > 0 {
+	} else if len(v.Spec.GetTls())+len(v.Spec.GetTcp()) > 0 {
 		v.found.bad("spec.hosts", "is empty: name the hosts that the rules are for. (Only a VirtualService that others delegate to has none, and it has http rules alone)")
 	}
 	for i, r := range v.Spec.GetHttp() {
@@ -248,7 +247,7 @@ func (v *virtualService) add(r vsRule, path string) { v.addAt(path, v.found, r) 
 // it. Errors in what it is made of break it.
 func (v *virtualService) addAt(path string, found findings, r vsRule) {
 	if why := found.brokenAt(path); why != "" {
-		r.rule.Broken = why
+		r.rule = mesh.Rule{Name: r.rule.Name, From: r.rule.From, Broken: why}
 		r.backends, r.mirrors = nil, nil
 	}
 	if r.all || len(r.matches) > 0 {
@@ -450,6 +449,8 @@ func (v *virtualService) programmed() Condition {
 		return Condition{Type: Programmed, Reason: reason, Message: fmt.Sprintf(format, args...)}
 	}
 	switch {
+	case v.delegate && v.found.brokenAt("spec.hosts") != "":
+		return no(reasonInvalid, "it has no hosts, so nobody knows what its rules are for")
 	case v.delegate:
 		return Condition{Type: Programmed, OK: true, Reason: reasonDelegate, Message: "its rules are part of the VirtualServices that delegate to it"}
 	case len(v.rules) == 0 && len(v.Spec.GetGateways()) > 0 && !slices.Contains(v.Spec.GetGateways(), meshGateway):

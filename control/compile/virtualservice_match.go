@@ -69,6 +69,7 @@ func (c vsCompiler) httpMatch(path string, m *networking.HTTPMatchRequest, prefi
 func (c vsCompiler) matchPort(path string, port uint32) uint16 {
 	if port > 65535 {
 		c.found.bad(path+".port", "is %d, want 1 to 65535", port)
+		return 0
 	}
 	return uint16(port)
 }
