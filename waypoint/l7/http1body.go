@@ -54,6 +54,7 @@ func (b *http1Body) Next() ([]byte, error) {
 			b.done = true
 		case err != nil:
 			b.err = err
+			return nil, err // and nothing of what came together with it
 		}
 		if len(piece) > 0 {
 			if err == io.EOF {

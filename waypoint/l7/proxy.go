@@ -67,9 +67,13 @@ func (e *Engine) request(x *Exchange) Verdict {
 	if x.Facts.Scheme == "https" {
 		x.Request.Scheme = schemeHTTPS
 	}
+	if len(x.Request.Authority) == 0 { // HTTP/1.0 without a host
+		msg.SetAuthority(&x.Request, x.Facts.Service.Host)
+	}
 	x.GRPC = isGRPC(x.Request.Get(msg.ContentType))
 	path, ok := normalizePath(x.Request.Path, nil)
 	if !ok {
+		x.work.last = true // who sends such is not to be trusted with the next
 		return x.Answer(400, "", FlagDownstreamProtocol, "path_normalization_failed")
 	}
 	x.Request.Path = path
@@ -234,6 +238,9 @@ func (e *Engine) failed(x *Exchange, cl client, f *tryError) bool {
 		cl.abort()
 		return false
 	}
+	if f.kind == failedRequest {
+		x.work.last = true
+	}
 	x.Answer(o.status, o.body, 0, o.details)
 	if f.kind == failedOverflow {
 		msg.Append(&x.Response, "x-envoy-overloaded", "true")
@@ -271,8 +278,8 @@ func (e *Engine) ready(x *Exchange, cl client) *tryError {
 	}
 	w.piece = piece
 	x.RequestBytes = int64(len(piece))
-	w.whole = w.whole && cl.body().Trailer() == nil
 	if w.whole {
+		w.trailer = cl.body().Trailer()
 		return nil
 	}
 	w.keep(x, piece)
@@ -282,7 +289,10 @@ func (e *Engine) ready(x *Exchange, cl client) *tryError {
 // requestFailed says what an error of the request's body means.
 func requestFailed(err error) *tryError {
 	kind := failedClient
-	var s interface{ Malformed() bool }
+	var s interface {
+		error
+		Malformed() bool
+	}
 	switch {
 	case errors.Is(err, errTimedOut):
 		kind = failedIdle

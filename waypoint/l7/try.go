@@ -145,6 +145,12 @@ func closedOr(err error) failed {
 // the rest. An error is not the end: there may be an answer all the same.
 func (e *Engine) sendHead(x *Exchange, cl client, c call) error {
 	w := &x.work
+	if w.trailer != nil {
+		if err := c.send(&x.Request, w.piece, false); err != nil {
+			return err
+		}
+		return c.finish(nil, w.trailer)
+	}
 	if w.whole {
 		return c.send(&x.Request, w.piece, true)
 	}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/weft-mesh/weft/mesh/balance"
+	"github.com/weft-mesh/weft/waypoint/l7/msg"
 )
 
 // work is what the engine itself remembers of an exchange while it runs.
@@ -15,9 +16,10 @@ type work struct {
 	replied atomic.Bool // the response's head was given to the client
 	last    bool        // the client's connection is not to carry another exchange
 
-	tried []*balance.Endpoint // that failed
-	piece []byte              // the body, or what of it had come when the first try began
-	whole bool                // piece is all of it
+	tried   []*balance.Endpoint // that failed
+	piece   []byte              // the body, or what of it had come when the first try began
+	whole   bool                // piece is all of it, but for the trailer
+	trailer *msg.Head
 	// kept is what an upload has sent, for another try, as long as it fits.
 	kept    *[bigLen]byte
 	keptLen int
@@ -51,7 +53,7 @@ func (w *work) reset() {
 	clear(w.tried)
 	w.reached, w.last, w.tried = 0, false, w.tried[:0]
 	w.replied.Store(false)
-	w.piece, w.whole, w.keptLen, w.lost, w.upload = nil, false, 0, false, nil
+	w.piece, w.whole, w.trailer, w.keptLen, w.lost, w.upload = nil, false, nil, 0, false, nil
 	if w.kept != nil {
 		bigPool.Put(w.kept)
 		w.kept = nil

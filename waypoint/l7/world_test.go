@@ -209,6 +209,15 @@ func (c *testClient) get(path string, lines ...string) (*http.Response, string) 
 	return c.answer("GET")
 }
 
+// expect reads exactly text.
+func (c *testClient) expect(text string) {
+	c.t.Helper()
+	b := make([]byte, len(text))
+	if n, err := io.ReadFull(c.r, b); err != nil || string(b) != text {
+		c.t.Errorf("got %q, %v, want %q", b[:n], err, text)
+	}
+}
+
 // closed reports that the proxy has closed the connection.
 func (c *testClient) closed() {
 	c.t.Helper()

@@ -98,7 +98,7 @@ func (p *Parser) Request(h *msg.Head, b []byte) (int, error) {
 		return 0, errLongTarget
 	}
 	v := b[i+1 : i+11]
-	if string(v[:7]) != "HTTP/1." || v[7] != '0' && v[7] != '1' || v[8] != '\r' {
+	if string(v[:7]) != "HTTP/1." || v[7] != '0' && v[7] != '1' || v[8] != '\r' || v[9] != '\n' {
 		return 0, errLine
 	}
 	p.Minor = int(v[7] - '0')
