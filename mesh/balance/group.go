@@ -31,7 +31,7 @@ type set struct {
 	policy *mesh.TrafficPolicy
 	levels []level // nearest first
 	all    []*Endpoint
-	named  map[uint64]*Endpoint // by session name; made if a session may be asked for
+	named  map[uint64]*Endpoint // by session name: routes have sessions too, which no policy tells of
 }
 
 // A level holds endpoints that are equally preferred.
@@ -139,11 +139,9 @@ func (n *set) prepare(old *set, rnd func() uint64) {
 		}
 		same = func(p *pool) *pool { return pools[p.fingerprint()] }
 	}
-	if n.policy.Session != nil {
-		n.named = make(map[uint64]*Endpoint, len(n.all))
-		for _, e := range n.all {
-			n.named[sessionHash(e.state.key)] = e
-		}
+	n.named = make(map[uint64]*Endpoint, len(n.all))
+	for _, e := range n.all {
+		n.named[sessionHash(e.state.key)] = e
 	}
 	for _, l := range n.levels {
 		for _, p := range l.pools {
