@@ -22,6 +22,9 @@ type Config struct {
 	// else, may subscribe to the mesh and ask for the identities of the pods
 	// on their node.
 	NodeAccounts []mesh.Name
+	// IstioWaypoints also serves the GatewayClass istio-waypoint: only where
+	// Istio itself does not.
+	IstioWaypoints bool
 	// The addresses to listen on: gRPC over TLS for proxies; metrics; health;
 	// and profiles and log levels, for which nobody is authenticated.
 	GRPC, Metrics, Health, Debug string
@@ -83,6 +86,7 @@ func (c Config) Validate() error {
 func (c Config) Settings() compile.Settings {
 	return compile.Settings{
 		Cluster: c.Cluster, TrustDomain: c.TrustDomain, Domain: c.Domain, Network: c.Network, RootNamespace: c.Namespace,
+		IstioWaypoints: c.IstioWaypoints,
 	}
 }
 

@@ -20,6 +20,7 @@ import (
 
 	"github.com/weft-mesh/weft/control"
 	"github.com/weft-mesh/weft/control/kube"
+	"github.com/weft-mesh/weft/control/provision"
 	"github.com/weft-mesh/weft/internal/obs"
 	"github.com/weft-mesh/weft/internal/run"
 	"github.com/weft-mesh/weft/mesh"
@@ -44,6 +45,7 @@ type config struct {
 	kubeconfig string
 	logFormat  string
 	logLevel   string
+	waypoints  provision.Settings
 }
 
 // parse reads flags and the environment of the pod.
@@ -68,6 +70,12 @@ func parse(args []string, getenv func(string) string, out io.Writer) (config, er
 	fs.StringVar(&cfg.kubeconfig, "kubeconfig", "", "kubeconfig file; default is the pod's service account")
 	fs.StringVar(&cfg.logFormat, "log-format", "text", "text or json")
 	fs.StringVar(&cfg.logLevel, "log-level", "info", "debug, info, warn or error")
+	fs.StringVar(&cfg.waypoints.Image, "waypoint-image", "", "image of waypoints; without one none is run")
+	fs.StringVar(&cfg.waypoints.PullPolicy, "waypoint-pull-policy", "", "when the image of waypoints is pulled: Always, IfNotPresent or Never")
+	secrets := fs.String("waypoint-pull-secrets", "", "names of Secrets to pull the image of waypoints with, separated by commas; they must be in the namespaces of the Gateways")
+	fs.DurationVar(&cfg.waypoints.Drain, "waypoint-drain", 0, "longest wait for open connections when a waypoint is stopped")
+	fs.StringVar(&cfg.waypoints.LogLevel, "waypoint-log-level", "", "log level of waypoints")
+	fs.BoolVar(&c.IstioWaypoints, "istio-waypoints", false, "serve the GatewayClass istio-waypoint too; only where Istio does not")
 	if err := fs.Parse(args); err != nil {
 		return config{}, err
 	}
@@ -85,6 +93,11 @@ func parse(args []string, getenv func(string) string, out io.Writer) (config, er
 			c.NodeAccounts = append(c.NodeAccounts, name)
 		}
 	}
+	if *secrets != "" {
+		cfg.waypoints.PullSecrets = strings.Split(*secrets, ",")
+	}
+	cfg.waypoints.ControlAddress = "weft-control." + c.Namespace + ".svc:15012"
+	cfg.waypoints.TrustDomain, cfg.waypoints.Cluster, cfg.waypoints.Network = c.TrustDomain, c.Cluster, c.Network
 	return cfg, cfg.validate()
 }
 
@@ -146,7 +159,7 @@ func serve(ctx context.Context, cfg config, clients kube.Clients, health *contro
 	isWaypoint := func(account mesh.Name) (is, known bool) { return watcher.IsWaypoint(account) }
 	feed := control.NewFeed(c, authn, isWaypoint, log, reg)
 	watcher = kube.NewWatcher(kube.WatcherConfig{
-		Client: clients.Typed, Dynamic: clients.Dynamic, Settings: c.Settings(), Sink: feed, Log: log, Registerer: reg,
+		Client: clients.Typed, Dynamic: clients.Dynamic, Settings: c.Settings(), Provision: cfg.waypoints, Sink: feed, Log: log, Registerer: reg,
 	})
 	synced := func(ctx context.Context) error {
 		select {
@@ -168,12 +181,13 @@ func serve(ctx context.Context, cfg config, clients kube.Clients, health *contro
 		})
 		bundles := &kube.BundleWriter{Client: clients.Typed, Watcher: watcher, Roots: authority.RootPEM, Log: log}
 		statuses := &kube.StatusWriter{Dynamic: clients.Dynamic, Watcher: watcher, Log: log}
+		waypoints := &kube.Provisioner{Dynamic: clients.Dynamic, Watcher: watcher, Log: log}
 		keeper := control.Keeper{Secrets: secrets, Authority: authority, Secret: secret, Log: log}
 		health.Ready("the CA")
 		return run.All(ctx, service.Run, keeper.Run, func(ctx context.Context) error {
 			return kube.RunLeader(ctx, kube.LeaderConfig{
 				Client: clients.Typed, Namespace: c.Namespace, Identity: cfg.identity,
-				Tasks: []run.Task{bundles.Run, statuses.Run}, Log: log, Registerer: reg,
+				Tasks: []run.Task{bundles.Run, statuses.Run, waypoints.Run}, Log: log, Registerer: reg,
 			})
 		})
 	}

@@ -37,6 +37,11 @@ func TestRBAC(t *testing.T) {
 			"gateway.networking.k8s.io/referencegrants get list watch",
 			"gateway.networking.k8s.io/backendtlspolicies get list watch", "gateway.networking.k8s.io/backendtlspolicies/status patch",
 			"services/status patch",
+			"serviceaccounts get list watch create patch delete", "services create patch delete",
+			"apps/deployments get list watch create patch delete",
+			"autoscaling/horizontalpodautoscalers get list watch create patch delete",
+			"policy/poddisruptionbudgets get list watch create patch delete",
+			"configmaps get list watch",
 		},
 		"Role weft-system/weft-control": {
 			"coordination.k8s.io/leases create",

@@ -16,12 +16,14 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/weft-mesh/weft/api/feed"
 	"github.com/weft-mesh/weft/control/compile"
+	"github.com/weft-mesh/weft/control/provision"
 	"github.com/weft-mesh/weft/internal/run"
 	"github.com/weft-mesh/weft/mesh"
 )
@@ -47,8 +49,10 @@ type WatcherConfig struct {
 	Client   kubernetes.Interface
 	Dynamic  dynamic.Interface // for kinds of custom resources, which are read strictly
 	Settings compile.Settings
-	Sink     Sink
-	Log      *slog.Logger
+	// Provision says what runs waypoints.
+	Provision provision.Settings
+	Sink      Sink
+	Log       *slog.Logger
 	// Registerer takes the metrics; nil is none.
 	Registerer prometheus.Registerer
 	// Quiet is how long services, slices and policies must have been quiet
@@ -131,25 +135,27 @@ func runInformer(inf cache.SharedIndexInformer) run.Task {
 	}
 }
 
-// A board holds the latest statuses for whoever writes them.
+// A board holds the latest statuses, and the objects that run the proxies of
+// Gateways, for whoever writes them.
 type board struct {
-	mu      sync.Mutex
-	all     []compile.Status
-	changed chan struct{} // closed at the next set
+	mu       sync.Mutex
+	statuses []compile.Status
+	objects  []*unstructured.Unstructured
+	changed  chan struct{} // closed at the next set
 }
 
-func (b *board) set(all []compile.Status) {
+func (b *board) set(statuses []compile.Status, objects []*unstructured.Unstructured) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.all = all
+	b.statuses, b.objects = statuses, objects
 	close(b.changed)
 	b.changed = make(chan struct{})
 }
 
-// latest returns the statuses, and a channel that is closed when there are
-// newer ones.
-func (b *board) latest() ([]compile.Status, <-chan struct{}) {
+// latest returns what is on the board, and a channel that is closed when there
+// is something newer.
+func (b *board) latest() ([]compile.Status, []*unstructured.Unstructured, <-chan struct{}) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.all, b.changed
+	return b.statuses, b.objects, b.changed
 }

@@ -172,6 +172,7 @@ func (c *compiler) compileWorld(since time.Time) {
 	in := c.w.inputs()
 	before := c.world
 	c.world = compile.Compile(c.w.cfg.Settings, in)
+	objects := provisioned(c.w.cfg.Provision, c.world)
 	c.w.waypoints.Store(new(accountsOf(c.world.Waypoints)))
 	// The sink tells policies first, so that no workload lists one that has
 	// not arrived; those that are gone stay until the workloads' lists have.
@@ -209,7 +210,7 @@ func (c *compiler) compileWorld(since time.Time) {
 		Workloads: set, Services: c.world.Services, Policies: policies,
 		Routes: c.world.Routes, TrafficPolicies: c.world.TrafficPolicies, Waypoints: c.world.Waypoints,
 	}, del, since)
-	c.w.statuses.set(c.world.Statuses)
+	c.w.statuses.set(c.world.Statuses, objects)
 	c.tell(c.world.Statuses)
 	c.w.compile.Observe(time.Since(began).Seconds())
 }

@@ -53,7 +53,7 @@ type StatusWriter struct {
 func (s *StatusWriter) Run(ctx context.Context) error {
 	s.swept = map[string]string{}
 	for {
-		all, changed := s.Watcher.statuses.latest()
+		all, _, changed := s.Watcher.statuses.latest()
 		pass, cancel := context.WithCancel(ctx)
 		stop := make(chan struct{})
 		go func() { // a newer set ends the retries of this one

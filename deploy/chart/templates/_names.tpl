@@ -2,7 +2,7 @@
 {{- define "weft.image" -}}
 {{- $r := .root.Values.image -}}
 {{- if not $r.registry -}}
-{{- fail "image.registry is not set: say where the images weft-control, weft-node and ztunnel are pulled from, for example --image-registry registry.example.com/weft" -}}
+{{- fail "image.registry is not set: say where the images weft-control, weft-node, ztunnel and waypoint are pulled from, for example --image-registry registry.example.com/weft" -}}
 {{- end -}}
 {{ $r.registry }}/{{ .name }}:{{ $r.tag | default .root.Chart.AppVersion }}
 {{- end -}}
