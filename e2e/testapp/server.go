@@ -132,6 +132,17 @@ func serveHTTP(ctx context.Context, l net.Listener, text string) error {
 		case <-r.Context().Done():
 		}
 	})
+	mux.HandleFunc("/upgrade", serveUpgrade)
+	var tries sync.Map // by key: how often /flaky was asked
+	mux.HandleFunc("/flaky/{failures}/{key}", func(w http.ResponseWriter, r *http.Request) {
+		n, _ := tries.LoadOrStore(r.PathValue("key"), new(atomic.Int64))
+		failures, _ := strconv.ParseInt(r.PathValue("failures"), 10, 64)
+		if try := n.(*atomic.Int64).Add(1); try <= failures {
+			http.Error(w, fmt.Sprintf("failure %d", try), http.StatusServiceUnavailable)
+			return
+		}
+		json.NewEncoder(w).Encode(answer{Host: host, Text: fmt.Sprint(n.(*atomic.Int64).Load())})
+	})
 	mux.HandleFunc("/echo", func(w http.ResponseWriter, r *http.Request) { io.Copy(w, r.Body) })
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
