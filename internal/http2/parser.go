@@ -17,6 +17,9 @@ type ParserConfig struct {
 	MaxFrame int
 	// MaxBlock is the largest header block, compressed, over all its frames.
 	MaxBlock int
+	// Priorities makes it refuse a stream that depends on itself, as RFC 7540
+	// 5.3.1 has it. RFC 9113 gives priorities no meaning.
+	Priorities bool
 }
 
 // A Parser cuts a byte stream into frames. It holds partial frames except
@@ -152,7 +155,11 @@ func (p *Parser) begin(h Header) error {
 	case Headers, Continuation:
 		return p.beginBlock()
 	case RSTStream, Ping, WindowUpdate:
-	default: // priority and unknown frames mean nothing to us
+	case Priority:
+		if !p.cfg.Priorities {
+			p.left, p.skip = 0, p.left
+		}
+	default: // unknown frames mean nothing to us
 		p.left, p.skip = 0, p.left
 	}
 	return nil
@@ -288,8 +295,12 @@ func (p *Parser) finish(payload []byte) (f Frame, ok bool, err error) {
 	f = Frame{Header: p.frame, Payload: payload, Start: true, End: true}
 	switch p.frame.Type {
 	case Headers:
-		if f.Payload, err = stripHeaders(p.frame.Flags, payload); err != nil {
+		var on uint32
+		if f.Payload, on, err = stripHeaders(p.frame.Flags, payload); err != nil {
 			return Frame{}, false, err
+		}
+		if p.cfg.Priorities && on == p.frame.StreamID {
+			return Frame{}, false, errItself
 		}
 		if len(f.Payload) > p.cfg.MaxBlock {
 			return Frame{}, false, connError(EnhanceYourCalm, "header block of more than %d bytes", p.cfg.MaxBlock)
@@ -312,32 +323,43 @@ func (p *Parser) finish(payload []byte) (f Frame, ok bool, err error) {
 		f.Header, f.Payload = p.blockHead, p.block
 		f.Flags |= EndHeaders
 	case Settings, RSTStream, Ping, GoAway, WindowUpdate:
+	case Priority:
+		if p.cfg.Priorities && dependency(payload) == p.frame.StreamID {
+			return Frame{}, false, errItself
+		}
+		f.Payload = nil
 	default:
 		f.Payload = nil
 	}
 	return f, true, nil
 }
 
+// errItself is of a stream that depends on itself. It is read only.
+var errItself = connError(ProtocolError, "a stream that depends on itself")
+
+// dependency reads the stream in a priority field.
+func dependency(b []byte) uint32 { return binary.BigEndian.Uint32(b) & MaxStreamID }
+
 // stripHeaders removes padding and the priority field, which has no meaning
-// any more (RFC 9113 5.3.2).
-func stripHeaders(flags Flags, b []byte) ([]byte, error) {
+// any more (RFC 9113 5.3.2). on is the stream in it, 0 if there is none.
+func stripHeaders(flags Flags, b []byte) (block []byte, on uint32, err error) {
 	pad := 0
 	if flags.Has(Padded) {
 		if len(b) == 0 {
-			return nil, connError(FrameSizeError, "padded HEADERS without a pad length")
+			return nil, 0, connError(FrameSizeError, "padded HEADERS without a pad length")
 		}
 		pad, b = int(b[0]), b[1:]
 	}
 	if flags.Has(PriorityPresent) {
 		if len(b) < 5 {
-			return nil, connError(FrameSizeError, "HEADERS too short for its priority field")
+			return nil, 0, connError(FrameSizeError, "HEADERS too short for its priority field")
 		}
-		b = b[5:]
+		on, b = dependency(b), b[5:]
 	}
 	if pad > len(b) {
-		return nil, connError(ProtocolError, "HEADERS with more padding than payload")
+		return nil, 0, connError(ProtocolError, "HEADERS with more padding than payload")
 	}
-	return b[:len(b)-pad], nil
+	return b[:len(b)-pad], on, nil
 }
 
 // Code reads the error code of a RST_STREAM payload.

@@ -574,6 +574,25 @@ func TestHTTP2HeaderFloods(t *testing.T) {
 	})
 }
 
+func TestHTTP2StreamThatDependsOnItself(t *testing.T) {
+	for name, f := range map[string]func(c *rawClient) error{
+		"HEADERS": func(c *rawClient) error {
+			return c.WriteHeaders(xhttp2.HeadersFrameParam{StreamID: 1, EndHeaders: true, BlockFragment: []byte{0x82}, Priority: xhttp2.PriorityParam{StreamDep: 1, Weight: 1}})
+		},
+		"PRIORITY": func(c *rawClient) error { return c.WritePriority(1, xhttp2.PriorityParam{StreamDep: 1, Weight: 1}) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := newRawClient(t, newWorld(t).pipe(81))
+				c.do(func() error { return f(c) })
+				if code := c.wantGoAway(); code != xhttp2.ErrCodeProtocol {
+					t.Errorf("GOAWAY with %v, want PROTOCOL_ERROR", code)
+				}
+			})
+		})
+	}
+}
+
 func TestHTTP2TooManyStreams(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)

@@ -2,6 +2,7 @@ package l7
 
 import (
 	"bytes"
+	"errors"
 
 	"github.com/weft-mesh/weft/mesh"
 	"github.com/weft-mesh/weft/mesh/view"
@@ -27,7 +28,14 @@ var preface = []byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
 func (e *Engine) protocol(v *view.View, c *conn) (speaks, error) {
 	declared := declaredProtocol(v, &c.facts)
 	switch declared {
-	case "http", "http2", "grpc", "grpc-web", "h2c", "kubernetes.io/h2c", "kubernetes.io/ws":
+	case "http2", "grpc", "h2c", "kubernetes.io/h2c":
+		// Who speaks neither gets no answer in HTTP/1.
+		p, err := e.version12(c)
+		if err == nil && p == speaksHTTP1 && looksLike(c.unread()) == decidedTCP {
+			return p, errNotHTTP
+		}
+		return p, err
+	case "http", "grpc-web", "kubernetes.io/ws":
 		return e.version12(c)
 	case "":
 		if err := c.sniff(func(b []byte) bool { return looksLike(b) != undecided }, e.limits.Sniff); err != nil {
@@ -42,6 +50,9 @@ func (e *Engine) protocol(v *view.View, c *conn) (speaks, error) {
 	}
 	return speaksTCP, nil
 }
+
+// errNotHTTP is of a client that speaks something else than the port says.
+var errNotHTTP = errors.New("the client speaks neither HTTP/1 nor HTTP/2")
 
 // version12 waits for as much as tells HTTP/1 from HTTP/2.
 func (e *Engine) version12(c *conn) (speaks, error) {

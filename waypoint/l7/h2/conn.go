@@ -114,7 +114,7 @@ func New(conn net.Conn, cfg Config) *Conn {
 	orDefault(&cfg.List, defaultList)
 	c := &Conn{
 		cfg: cfg, conn: conn,
-		parser:  http2.NewParser(http2.ParserConfig{Preface: cfg.Server, MaxFrame: http2.MinFrameSize, MaxBlock: cfg.List}),
+		parser:  http2.NewParser(http2.ParserConfig{Preface: cfg.Server, MaxFrame: http2.MinFrameSize, MaxBlock: cfg.List, Priorities: cfg.Server}),
 		fields:  http2.NewFieldReader(cfg.List),
 		now:     time.Now(),
 		since:   time.Now(),
