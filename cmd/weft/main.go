@@ -69,6 +69,6 @@ func command() *cobra.Command {
 	}
 	var to target
 	to.flags(root.PersistentFlags())
-	root.AddCommand(installCommand(&to), uninstallCommand(&to), statusCommand(&to), waypointCommand(&to), releaseCommand(&to), versionCommand(&to), hboneConformanceCommand())
+	root.AddCommand(installCommand(&to), uninstallCommand(&to), statusCommand(&to), waypointCommand(&to), releaseCommand(&to), checkCommand(), versionCommand(&to), hboneConformanceCommand())
 	return root
 }

@@ -42,14 +42,12 @@ func (w *World) target(ap AuthorizationPolicy) (enforcement, []string) {
 // resolveTarget returns what one reference names, in the mesh's words and for
 // people. The problem says why it is not, or not all, enforced.
 func (w *World) resolveTarget(namespace string, r TargetRef) (targets []mesh.Target, where, problem string) {
-	if r.Namespace != "" && r.Namespace != namespace {
-		return nil, "", fmt.Sprintf("names namespace %s: a policy protects what is in its own, %s", r.Namespace, namespace)
+	if why := w.settings.badTarget(namespace, r); why != "" {
+		return nil, "", why
 	}
 	name := mesh.Name{Namespace: namespace, Name: r.Name}
-	switch {
-	case r.Name == "":
-		return nil, "", "has no name"
-	case r.Kind == KindService && (r.Group == "" || r.Group == "core"):
+	switch r.Kind {
+	case KindService:
 		s := w.settings.serviceName(namespace, r.Name)
 		targets = []mesh.Target{{Service: s}}
 		if w.serviceNamed(s) == nil {
@@ -59,15 +57,12 @@ func (w *World) resolveTarget(namespace string, r TargetRef) (targets []mesh.Tar
 			return targets, "", fmt.Sprintf("names service %s, which has no waypoint in front of it, so that nobody enforces the policy for it: label it istio.io/use-waypoint", name)
 		}
 		return targets, "service " + name.String(), ""
-	case r.Kind == KindGateway && r.Group == groupGateway:
+	case KindGateway:
 		if w.waypoints[name] == nil {
 			return []mesh.Target{{Waypoint: name}}, "", fmt.Sprintf("names Gateway %s, which is no waypoint", name)
 		}
 		return []mesh.Target{{Waypoint: name}}, "everything behind waypoint " + name.String(), ""
-	case r.Kind == KindGatewayClass && r.Group == groupGateway:
-		if namespace != w.settings.RootNamespace {
-			return nil, "", fmt.Sprintf("names a GatewayClass, which only policies in namespace %s can", w.settings.RootNamespace)
-		}
+	default: // GatewayClass
 		for _, wp := range w.waypointsOfClass(r.Name) {
 			targets = append(targets, mesh.Target{Waypoint: wp})
 		}
@@ -76,7 +71,6 @@ func (w *World) resolveTarget(namespace string, r TargetRef) (targets []mesh.Tar
 		}
 		return targets, "everything behind waypoints of class " + r.Name, ""
 	}
-	return nil, "", fmt.Sprintf("is of kind %s in group %q, want Service, or Gateway or GatewayClass in group %s", cmp.Or(r.Kind, "(none)"), r.Group, groupGateway)
 }
 
 // allTargets returns every target that a policy of the namespace can have.
