@@ -17,7 +17,7 @@ import (
 // for more of them.
 const (
 	heldConnections = 2000
-	rollouts        = 3
+	rollouts        = 10
 )
 
 // TestHandover replaces both ztunnels, by rollouts of the DaemonSet, under

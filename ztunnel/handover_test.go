@@ -18,22 +18,25 @@ import (
 	"github.com/weft-mesh/weft/internal/handover"
 )
 
-// A dynasty is a succession of proxies that serve one pod of a world, each joined
+// A dynasty is a succession of proxies that serve pods of a world, each joined
 // to the next by a real handover socket.
 type dynasty struct {
 	t      *testing.T
 	world  *world
-	pod    *testPod
+	pods   map[string]*testPod // by UID
 	node   *node
 	server *handover.Server
 	path   string
 	born   int
 }
 
-// begin makes the first proxy of a dynasty, which serves the pod of n as well.
+// begin makes the first proxy of a dynasty, which serves the pods of n as well.
 // What n accepted so far stays its own.
-func begin(t *testing.T, n *node, p *testPod) *dynasty {
-	l := &dynasty{t: t, world: n.world, pod: p, node: n, path: filepath.Join(t.TempDir(), "run", "handover.sock")}
+func begin(t *testing.T, n *node, pods ...*testPod) *dynasty {
+	l := &dynasty{t: t, world: n.world, pods: map[string]*testPod{}, node: n, path: filepath.Join(t.TempDir(), "run", "handover.sock")}
+	for _, p := range pods {
+		l.pods[p.uid] = p
+	}
 	next, server := l.proxy()
 	l.adopt(n, next)
 	l.node, l.server = next, server
@@ -55,7 +58,6 @@ func (l *dynasty) proxy() (*node, *handover.Server) {
 		}
 		c.DrainTimeout = 200 * time.Millisecond
 	})
-	n.enter = enterWith(l.pod)
 	return n, s
 }
 
@@ -63,6 +65,7 @@ func (l *dynasty) proxy() (*node, *handover.Server) {
 func (l *dynasty) adopt(n, next *node) {
 	l.t.Helper()
 	for _, e := range n.Held() {
+		next.enter = enterWith(l.pods[e.Pod.UID])
 		if err := next.Add(l.t.Context(), e.Pod, e.Files); err != nil {
 			l.t.Fatal(err)
 		}
@@ -254,6 +257,51 @@ func TestHandoverWaitsForHandshakes(t *testing.T) {
 		t.Errorf("%d tunnels were made, want one", n)
 	}
 	p.clientNode.stop()
+}
+
+// TestHandoverOfANodeWithItself replaces a proxy that has both ends of all
+// tunnels, again and again, in the very moment in which clients that had none
+// make their first. Nothing is reset.
+func TestHandoverOfANodeWithItself(t *testing.T) {
+	const rounds, fresh = 10, 3
+	w := newWorld(t)
+	n := w.node(nil)
+	server := n.add("server", nil)
+	app := server.app(echo)
+	pods := []*testPod{server}
+	var services []netip.AddrPort
+	for i := range rounds * fresh {
+		c := n.add(fmt.Sprint("client-", i), nil)
+		pods = append(pods, c)
+		services = append(services, w.publish(fmt.Sprint("service-", i), c, server, app.Port(), nil))
+	}
+	line := begin(t, n, pods...)
+	n.stop()
+	for round := range rounds {
+		var talks sync.WaitGroup
+		stop := make(chan struct{})
+		for i := round * fresh; i < (round+1)*fresh; i++ {
+			talks.Go(func() {
+				for k := 0; ; k++ {
+					c := pods[1+i].dial(services[i])
+					if err := roundTrip(c, "hello"); err != nil {
+						t.Errorf("round %d, client %d, connection %d: %v", round, i, k, err)
+						return
+					}
+					c.Close()
+					select {
+					case <-stop:
+						return
+					default:
+					}
+				}
+			})
+		}
+		line.succeed()
+		close(stop)
+		talks.Wait()
+	}
+	line.node.stop()
 }
 
 // TestFailedHandoverDrains shows that connections which nobody takes go on
