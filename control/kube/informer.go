@@ -46,6 +46,9 @@ func (w *Watcher) makeInformers() {
 		for _, o := range []any{before, after} {
 			if p, ok := o.(*corev1.Pod); ok {
 				w.queue.addPod(mesh.Name{Namespace: p.Namespace, Name: p.Name}, compile.PodAddrs(p))
+				if compile.IsWaypointPod(p) {
+					w.queue.addWorld()
+				}
 			}
 		}
 	})

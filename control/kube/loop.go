@@ -29,6 +29,9 @@ type compiler struct {
 	world     *compile.World
 	sent      map[mesh.UID]mesh.Workload
 	lingering time.Time // when to take back policies that are gone; zero is never
+	pins      *pins
+	mover     mover
+	settled   time.Time // when to compile because a service has settled; zero is never
 	told      map[statusKey]string
 }
 
@@ -43,7 +46,10 @@ func (w *Watcher) loop(ctx context.Context) error {
 	if !w.waitForSync(ctx) {
 		return nil
 	}
-	c := &compiler{w: w, sent: map[mesh.UID]mesh.Workload{}, told: map[statusKey]string{}}
+	ctx, stop := context.WithCancel(ctx)
+	c := &compiler{w: w, sent: map[mesh.UID]mesh.Workload{}, told: map[statusKey]string{}, pins: newPins(ctx, w)}
+	defer c.pins.wait()
+	defer stop()
 	w.queue.takePods()
 	w.queue.takeWorld(0, 0)
 	c.compileWorld(time.Now())
@@ -65,10 +71,16 @@ func (w *Watcher) loop(ctx context.Context) error {
 		if now {
 			c.compileWorld(since)
 		}
-		if left := time.Until(c.lingering); !c.lingering.IsZero() && (wait == 0 || left < wait) {
-			wait = max(left, time.Millisecond)
+		for _, at := range []time.Time{c.lingering, c.settled} {
+			if left := time.Until(at); !at.IsZero() && (wait == 0 || left < wait) {
+				wait = max(left, time.Millisecond)
+			}
 		}
 		c.dropLingering()
+		if !c.settled.IsZero() && !time.Now().Before(c.settled) {
+			c.settled = time.Time{}
+			w.queue.addWorld()
+		}
 		if wait > 0 {
 			timer.Reset(wait)
 		}
@@ -132,6 +144,9 @@ func (c *compiler) compilePods(pods map[mesh.Name][]netip.Addr) {
 		}
 		uid := c.w.cfg.Settings.PodUID(name)
 		wl, ok := c.pod(name)
+		if ok && c.world.Lacks(wl) {
+			c.w.queue.addWorld()
+		}
 		old, had := c.sent[uid]
 		switch {
 		case !ok && had:
@@ -169,9 +184,16 @@ func (c *compiler) pod(name mesh.Name) (mesh.Workload, bool) {
 // was noticed.
 func (c *compiler) compileWorld(since time.Time) {
 	began := time.Now()
+	c.pins.follow(c.w.named())
 	in := c.w.inputs()
+	in.ConfigMaps = c.pins.all()
 	before := c.world
+	in.Moving, c.settled = c.mover.moving(began)
 	c.world = compile.Compile(c.w.cfg.Settings, in)
+	if c.mover.moved(before, c.world, began) {
+		in.Moving, c.settled = c.mover.moving(began)
+		c.world = compile.Compile(c.w.cfg.Settings, in)
+	}
 	objects := provisioned(c.w.cfg.Provision, c.world)
 	c.w.waypoints.Store(new(accountsOf(c.world.Waypoints)))
 	// The sink tells policies first, so that no workload lists one that has
