@@ -52,6 +52,10 @@ fuzz: ## each fuzz target, some seconds each
 e2e: ## tests on a real two-node cluster
 	@echo "== real cluster"; cd e2e && go test -v -count=1 -p 1 -timeout 45m ./...
 
+.PHONY: conformance
+conformance: ## the Gateway API's mesh tests on a real cluster, without Weft and with it; into docs/conformance (root)
+	@cd e2e && go run ./cmd/conformance
+
 .PHONY: bench
 bench: ## capture and the tunnel against others: CPU time, interleaved; into out/bench.json (root)
 	@.ci/deps; .ci/deps-bench; mkdir -p out; WEFT_BENCH=$(CURDIR)/out/bench.json go test -v -count=1 -p 1 -timeout 40m -run '^TestBenchmark' ./node/capture ./cmd/ztunnel/blackbox
