@@ -28,6 +28,8 @@ func (e *Engine) chain() []Filter {
 		rewrite{},
 		// The last word before an endpoint is chosen.
 		&session{e: e},
+		// Copies are of what the endpoint is sent.
+		e.mirrors,
 		// When all is over it is written down.
 		e.access,
 	}

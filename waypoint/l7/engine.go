@@ -104,6 +104,7 @@ type Engine struct {
 	clock   *clock
 	access  *accessLog
 	metrics *metrics // nil: nothing is counted
+	mirrors *mirrors
 
 	exchanges sync.Pool
 	tables    sync.Map     // *mesh.Route to its *route.Table
@@ -138,6 +139,7 @@ func New(cfg Config) (*Engine, error) {
 	e.direct = &route.Rule{Spec: &mesh.Rule{Name: "direct"}}
 	e.access = newAccessLog(cfg.AccessLog, cfg.Waypoint)
 	e.metrics = newMetrics(cfg.Metrics)
+	e.mirrors = newMirrors(e)
 	e.filters = e.chain()
 	if len(e.filters) > maxFilters {
 		return nil, fmt.Errorf("l7: %d filters, and room for %d", len(e.filters), maxFilters)
@@ -157,6 +159,7 @@ func (e *Engine) Run(ctx context.Context) error {
 	for n := 0; ; n++ {
 		select {
 		case <-ctx.Done():
+			e.mirrors.stop()
 			for _, c := range *e.clusters.Load() {
 				c.close()
 			}

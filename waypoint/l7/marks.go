@@ -6,4 +6,6 @@ type marks struct {
 	origin []byte // that may read the answer, as CORS has found
 	cookie []byte // that was made for consistent hashing, nil if none was
 	opened bool   // the connection was counted as opened
+	// mirrors are those that have yet to get a copy, by their places.
+	mirrors uint64
 }

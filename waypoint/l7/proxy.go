@@ -126,6 +126,9 @@ func (e *Engine) forward(x *Exchange, cl client) (keep bool) {
 	if f := e.ready(x, cl); f != nil {
 		return e.failed(x, cl, f)
 	}
+	if x.marks.mirrors != 0 && x.work.whole {
+		e.mirrors.begin(x, x.work.piece)
+	}
 	breaker := &x.cluster.group.Breaker
 	if !breaker.Take(balance.Requests) {
 		return e.failed(x, cl, errOverflow)

@@ -223,7 +223,8 @@ func (w *work) keep(x *Exchange, piece []byte) {
 		return
 	}
 	limit := min(x.engine.limits.Gather, bigLen)
-	if x.Matched.Rule.Spec.Retry == nil || w.keptLen+len(piece) > limit {
+	wanted := x.Matched.Rule.Spec.Retry != nil || x.marks.mirrors != 0
+	if !wanted || w.keptLen+len(piece) > limit {
 		w.lost = true
 		return
 	}
