@@ -211,10 +211,10 @@ func literal(v any) string {
 	return string(b[:77]) + "..."
 }
 
-// nearest returns the field of d that differs from key in at most two letters,
+// nearest returns the field of d that differs from key in a few letters at most,
 // or begins with it.
 func nearest(key string, d protoreflect.MessageDescriptor) string {
-	best, least := "", 3
+	best, least := "", max(3, len(key)/4+1)
 	for i := range d.Fields().Len() {
 		name := d.Fields().Get(i).JSONName()
 		n := distance(strings.ToLower(key), strings.ToLower(name))
