@@ -6,6 +6,11 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
 )
 
 // onNode runs a script as root on a node.
@@ -143,4 +148,45 @@ func TestReleaseNode(t *testing.T) {
 	wantProxies(t, 0, "node2 weft-node")
 	wantCaptured(t, ns, "stays", true)
 	wantCaptured(t, ns, "starts", true)
+}
+
+// An agent can change the pods of its own node, and its node, but nothing of
+// another: not even with a token that was taken from it.
+func TestAgentChangesOnlyItsOwnNode(t *testing.T) {
+	pod := strings.TrimSpace(kubectl(t, "get", "pod", "-n", "weft-system", "-l", "app=ztunnel", "--field-selector=spec.nodeName=node1,status.phase=Running", "-o", "jsonpath={.items[0].metadata.name}"))
+	stolen := token(t, "-n", "weft-system", "ztunnel", "--bound-object-kind", "Pod", "--bound-object-name", pod)
+	cfg := rest.AnonymousClientConfig(world.c.RESTConfig())
+	cfg.BearerToken = stolen
+	agent, err := kubernetes.NewForConfig(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	patch := []byte(`{"metadata":{"annotations":{"weft.test/changed":"true"}}}`)
+	for _, tt := range []struct {
+		what  string
+		allow bool
+		do    func(metav1.PatchOptions) error
+	}{
+		{"a pod of its node", true, func(o metav1.PatchOptions) error {
+			_, err := agent.CoreV1().Pods(meshed).Patch(t.Context(), "near", types.MergePatchType, patch, o)
+			return err
+		}},
+		{"a pod of another node", false, func(o metav1.PatchOptions) error {
+			_, err := agent.CoreV1().Pods(meshed).Patch(t.Context(), "far", types.MergePatchType, patch, o)
+			return err
+		}},
+		{"its node", true, func(o metav1.PatchOptions) error {
+			_, err := agent.CoreV1().Nodes().Patch(t.Context(), "node1", types.MergePatchType, patch, o)
+			return err
+		}},
+		{"another node", false, func(o metav1.PatchOptions) error {
+			_, err := agent.CoreV1().Nodes().Patch(t.Context(), "node2", types.MergePatchType, patch, o)
+			return err
+		}},
+	} {
+		err := tt.do(metav1.PatchOptions{DryRun: []string{metav1.DryRunAll}})
+		if tt.allow && err != nil || !tt.allow && (err == nil || !strings.Contains(err.Error(), "may not change what belongs to")) {
+			t.Errorf("%s: %v; want it allowed: %v", tt.what, err, tt.allow)
+		}
+	}
 }
