@@ -20,6 +20,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/weft-mesh/weft/api/feed"
+	"github.com/weft-mesh/weft/control/provision"
 	"github.com/weft-mesh/weft/internal/run"
 	"github.com/weft-mesh/weft/mesh"
 )
@@ -176,7 +177,9 @@ func resource(name string) schema.GroupVersionResource {
 func dynamicClient(objects ...runtime.Object) *dynamicfake.FakeDynamicClient {
 	lists := map[schema.GroupVersionResource]string{
 		authorizationPolicies.GroupResource().WithVersion(olderVersion): "AuthorizationPolicyList",
-		{Version: "v1", Resource: "services"}:                           "ServiceList",
+	}
+	for _, gvr := range provision.Kinds() {
+		lists[gvr] = strings.TrimSuffix(gvr.Resource, "s") + "List"
 	}
 	for _, k := range kinds() {
 		for _, v := range k.versions {

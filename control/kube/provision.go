@@ -271,7 +271,7 @@ func (r *provisioning) class(ctx context.Context) {
 	class := &unstructured.Unstructured{Object: map[string]any{
 		"apiVersion": gvr.GroupVersion().String(), "kind": compile.KindGatewayClass,
 		"metadata": map[string]any{"name": waypointClass, "labels": map[string]any{labelManagedBy: managedByWeft}},
-		"spec":     map[string]any{"controllerName": compile.ControllerName, "description": "Waypoints of Weft: a Gateway of this class stands in front of services"},
+		"spec":     map[string]any{"controllerName": compile.ControllerName, "description": "a proxy of Weft in front of services"},
 	}}
 	_, err := r.Dynamic.Resource(gvr).Create(ctx, class, metav1.CreateOptions{FieldManager: fieldManager})
 	switch {
