@@ -155,7 +155,7 @@ func (st *http2Stream) run(status int) {
 	e.clock.forget(&st.idle)
 	st.cancel()
 	st.s.Discard() // what of the request nobody has read
-	st.s.Conn().Flush()
+	st.s.Conn().FlushSoon()
 	st.s.Release()
 	e.putExchange(x)
 	d.end()
@@ -177,7 +177,7 @@ func (st *http2Stream) silent() {
 	st.in.fail(errTimedOut)
 	if st.x.work.replied.Load() {
 		st.s.Reset(http2.Cancel)
-		st.s.Conn().Flush()
+		st.s.Conn().FlushSoon()
 	}
 }
 
@@ -241,7 +241,7 @@ func (st *http2Stream) inform100() error {
 
 func (st *http2Stream) inform(h *msg.Head) error {
 	err := st.s.Head(h, false)
-	st.s.Conn().Flush()
+	st.s.Conn().FlushSoon()
 	return err
 }
 
@@ -260,7 +260,7 @@ func (st *http2Stream) respond(x *Exchange, piece []byte, end, _ bool) error {
 		return err
 	}
 	if last || connected || len(piece) == 0 && !end {
-		st.s.Conn().Flush()
+		st.s.Conn().FlushSoon()
 		return nil
 	}
 	if end {
@@ -284,7 +284,7 @@ func sendPiece(s *h2.Stream, piece []byte) error {
 		return err
 	}
 	err := s.Data(piece, false)
-	s.Conn().Flush()
+	s.Conn().FlushSoon()
 	return err
 }
 
@@ -304,20 +304,20 @@ func sendEnd(s *h2.Stream, piece []byte, h *msg.Head) error {
 			err = s.Trailers(h)
 		}
 	}
-	s.Conn().Flush()
+	s.Conn().FlushSoon()
 	return err
 }
 
 func (st *http2Stream) stop() {
 	st.in.fail(errStopped)
 	st.s.Discard()
-	st.s.Conn().Flush()
+	st.s.Conn().FlushSoon()
 }
 
 func (st *http2Stream) abort() {
 	st.in.fail(errStopped)
 	st.s.Reset(http2.InternalError)
-	st.s.Conn().Flush()
+	st.s.Conn().FlushSoon()
 }
 
 func (st *http2Stream) tunnel() net.Conn {

@@ -127,6 +127,18 @@ func TestHTTP2Bodies(t *testing.T) {
 	}, echoAll)
 }
 
+// The last piece of a body opens the windows of the connection, too.
+func TestHTTP2WindowsDoNotLeak(t *testing.T) {
+	body := strings.Repeat("x", 50_000)
+	in2(t, "many bodies of one piece", func(t *testing.T, w *world, cc *xhttp2.ClientConn) {
+		for i := range 100 {
+			if _, b := w.do(cc, "POST", "/", body); b != body {
+				t.Fatalf("request %d: got %d bytes", i, len(b))
+			}
+		}
+	}, echoAll)
+}
+
 func TestHTTP2Statuses(t *testing.T) {
 	in2(t, "statuses", func(t *testing.T, w *world, cc *xhttp2.ClientConn) {
 		for _, status := range []int{200, 204, 304, 404, 500} {

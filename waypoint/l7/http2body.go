@@ -84,7 +84,7 @@ func (b *inbox) Next() ([]byte, error) {
 	if owed > 0 {
 		b.mu.Unlock()
 		b.s.Credit(owed)
-		b.s.Conn().Flush()
+		b.s.Conn().FlushSoon()
 		b.mu.Lock()
 	}
 	defer b.mu.Unlock()
@@ -157,7 +157,7 @@ func (c *streamConn) CloseWrite() error { return sendEnd(c.s, nil, nil) }
 func (c *streamConn) Close() error {
 	c.in.fail(net.ErrClosed)
 	c.s.Reset(http2.Cancel)
-	c.s.Conn().Flush()
+	c.s.Conn().FlushSoon()
 	return nil
 }
 
@@ -176,7 +176,7 @@ func (c *streamConn) SetDeadline(t time.Time) error {
 	if !t.IsZero() && !t.After(time.Now()) {
 		c.in.fail(os.ErrDeadlineExceeded)
 		c.s.Reset(http2.Cancel)
-		c.s.Conn().Flush()
+		c.s.Conn().FlushSoon()
 	}
 	return nil
 }

@@ -120,7 +120,7 @@ func (c *http2Call) send(h *msg.Head, piece []byte, end bool) error {
 	}
 	switch {
 	case last, len(piece) == 0:
-		c.conn.Flush()
+		c.conn.FlushSoon()
 		return nil
 	case end:
 		return c.sent(sendEnd(c.s, piece, nil))
@@ -160,13 +160,13 @@ func (c *http2Call) body() Body { return &c.in }
 func (c *http2Call) abort() {
 	c.in.fail(&tryError{kind: failedOther, cause: errors.New("the call was ended here")})
 	c.s.Reset(http2.Cancel)
-	c.conn.Flush()
+	c.conn.FlushSoon()
 }
 
 // close implements call.
 func (c *http2Call) close(bool) {
 	c.s.Reset(http2.Cancel) // nothing, if both sides have ended it
-	c.conn.Flush()
+	c.conn.FlushSoon()
 }
 
 func (c *http2Call) fresh() bool { return c.first }

@@ -95,6 +95,7 @@ type Conn struct {
 	out               []byte
 	spare             []byte
 	writing           bool
+	soon              bool      // a flush is on its way
 	goingAway         bool      // we have sent, or a client has got, GOAWAY
 	final             bool      // and no stream will be begun
 	over              bool      // and none is open

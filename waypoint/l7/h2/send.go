@@ -1,6 +1,7 @@
 package h2
 
 import (
+	"runtime"
 	"sync"
 	"syscall"
 	"time"
@@ -249,6 +250,31 @@ func (c *Conn) putEnd(s *Stream) {
 
 // Flush sends what is queued, without waiting for the peer.
 func (c *Conn) Flush() { c.flush(false) }
+
+// FlushSoon is Flush by another goroutine, after those that are ready to run:
+// what they send goes with the same write. It is for goroutines of streams, of
+// which many run at once.
+func (c *Conn) FlushSoon() {
+	c.mu.Lock()
+	due := !c.soon && !c.writing && c.dead == nil && (len(c.out) > 0 || len(c.ready) > 0)
+	if due {
+		c.soon = true
+		c.writers.Add(1)
+	}
+	c.mu.Unlock()
+	if due {
+		go c.flushSoon()
+	}
+}
+
+func (c *Conn) flushSoon() {
+	defer c.writers.Done()
+	runtime.Gosched()
+	c.mu.Lock()
+	c.soon = false
+	c.mu.Unlock()
+	c.Flush()
+}
 
 // flush is Flush; last sends although nothing may follow.
 func (c *Conn) flush(last bool) {

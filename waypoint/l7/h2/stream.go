@@ -119,11 +119,11 @@ func (s *Stream) Discard() {
 	c := s.conn
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	s.credit(s.unread)
 	if s.discard || s.dead != nil {
 		return
 	}
 	s.discard = true
-	s.credit(s.unread)
 	c.finished(s)
 }
 
@@ -132,6 +132,7 @@ func (s *Stream) Discard() {
 func (s *Stream) Reset(code http2.ErrCode) {
 	c := s.conn
 	c.mu.Lock()
+	s.credit(s.unread) // nobody else will, if the stream has ended
 	if s.dead != nil || s.localEnd && s.remoteEnd {
 		c.mu.Unlock()
 		return
