@@ -16,6 +16,8 @@ type http1Call struct {
 	pool   *http1Pool
 	conn   net.Conn
 	raw    syscall.RawConn // nil if the connection has no descriptor
+	armed  *armedRead      // of raw
+	unsent []byte          // is sent by the read of the answer
 	parser h1.Parser
 	born   int64 // by the coarse clock
 	since  int64 // idle since then
@@ -47,14 +49,7 @@ func (c *http1Call) usable(p *http1Pool) bool {
 	if c.raw == nil {
 		return c.usablePiped()
 	}
-	ok := false
-	err := c.raw.Read(func(fd uintptr) bool {
-		var one [1]byte
-		_, _, err := syscall.Recvfrom(int(fd), one[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-		ok = err == syscall.EAGAIN
-		return true
-	})
-	return err == nil && ok
+	return c.armed.quiet(c.raw)
 }
 
 // usablePiped is usable for what has no descriptor, such as the streams of a
@@ -93,12 +88,13 @@ func (c *http1Call) send(h *msg.Head, piece []byte, end bool) error {
 	c.bodied = h.Body != msg.NoBody
 	c.chunked = h.Body == msg.Streamed
 	out := h1.AppendRequest(c.out(), h)
-	if end {
-		defer c.putOut()
-	}
 	if !c.chunked {
 		if len(out)+len(piece) <= cap(out) {
-			_, err := c.conn.Write(append(out, piece...))
+			if out = append(out, piece...); end && c.raw != nil {
+				c.unsent = out
+				return nil
+			}
+			_, err := c.conn.Write(out)
 			return err
 		}
 		return writeAll(c.conn, nil, out, piece)
@@ -180,7 +176,7 @@ func (c *http1Call) receive(h *msg.Head) error {
 		if c.w == len(c.buf) {
 			c.larger()
 		}
-		n, err := c.conn.Read(c.buf[c.w:])
+		n, err := c.read()
 		c.w += n
 		if n == 0 && err != nil {
 			if err == io.EOF && c.w > c.r {
@@ -189,6 +185,23 @@ func (c *http1Call) receive(h *msg.Head) error {
 			return err
 		}
 	}
+}
+
+// read reads from the connection, after it has sent what is unsent.
+func (c *http1Call) read() (int, error) {
+	if c.unsent == nil {
+		return c.conn.Read(c.buf[c.w:])
+	}
+	out := c.unsent
+	c.unsent = nil
+	n, sent, err := c.armed.exchange(c.raw, out, c.buf[c.w:])
+	if err != nil || sent == len(out) {
+		return n, err
+	}
+	if _, err := c.conn.Write(out[sent:]); err != nil {
+		return 0, err
+	}
+	return c.conn.Read(c.buf[c.w:])
 }
 
 // larger moves a head that is not whole to a large buffer. The parser has
@@ -221,7 +234,7 @@ func (c *http1Call) close(whole bool) {
 // drop gives the buffers back.
 func (c *http1Call) drop() {
 	c.putOut()
-	c.x = nil
+	c.x, c.unsent = nil, nil
 	c.buf, c.r, c.w, c.pinned = nil, 0, 0, 0
 	if c.inBuf != nil {
 		bufPool.Put(c.inBuf)

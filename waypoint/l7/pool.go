@@ -67,7 +67,9 @@ func (p *http1Pool) dial(ctx context.Context, x *Exchange) (call, error) {
 	c.parser.Limits.Head = p.e.limits.HeadBytes
 	c.parser.Limits.Fields = 4 * p.e.limits.HeadFields
 	if sc, ok := conn.(syscall.Conn); ok {
-		c.raw, _ = sc.SyscallConn() // without it a used connection is not looked at before it is used again
+		if c.raw, err = sc.SyscallConn(); err == nil {
+			c.armed = newArmedRead()
+		}
 	}
 	c.begin(x)
 	return c, nil

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 
-	"github.com/weft-mesh/weft/mesh"
 	"github.com/weft-mesh/weft/mesh/view"
 	"github.com/weft-mesh/weft/waypoint/l7/msg"
 )
@@ -147,21 +146,4 @@ func looksLike(b []byte) decided {
 		return decidedHTTP1
 	}
 	return decidedTCP
-}
-
-// declaredTLS reports whether the port carries TLS that is not ended here.
-func declaredTLS(v *view.View, f *Facts) bool {
-	switch declaredProtocol(v, f) {
-	case "tls", "https":
-		return true
-	}
-	return false
-}
-
-// routeProtocol is that of the routes for connections.
-func routeProtocol(tls bool) mesh.RouteProtocol {
-	if tls {
-		return mesh.RouteTLS
-	}
-	return mesh.RouteTCP
 }

@@ -175,8 +175,16 @@ func (e *Engine) again(x *Exchange, f *tryError) bool {
 	if f.kind != failedStatus && !retriable(r, f.kind, x.GRPC) || r == nil {
 		return false
 	}
-	if w.lost || w.upload != nil && !w.upload.over() {
-		return false // the body is gone, or still coming
+	if w.lost {
+		return false // the body is gone
+	}
+	if u := w.upload; u != nil {
+		if u.ended.Load() {
+			<-u.done
+		}
+		if !u.over() || u.clientErr != nil {
+			return false // the body is still coming, or never will
+		}
 	}
 	if x.Attempts > r.Attempts {
 		if r.Attempts > 0 {

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -161,16 +162,25 @@ func (e *Engine) sendHead(x *Exchange, cl client, c call) error {
 		}
 		return err
 	}
-	// The upload of an earlier try has come to its end, and kept what it sent.
-	if err := c.send(&x.Request, w.kept[:w.keptLen], false); err != nil {
+	// The upload of an earlier try is over, and has kept what came so far.
+	var kept []byte
+	if w.kept != nil {
+		kept = w.kept[:w.keptLen]
+	}
+	if err := c.send(&x.Request, kept, false); err != nil {
 		return err
 	}
-	return c.finish(nil, cl.body().Trailer())
+	if w.upload.ended.Load() {
+		return c.finish(nil, cl.body().Trailer())
+	}
+	w.upload = e.beginUpload(x, cl.body(), c)
+	return nil
 }
 
 // An upload sends the rest of a request's body while its answer is awaited.
 type upload struct {
-	done chan struct{}
+	done  chan struct{}
+	ended atomic.Bool // the body has come to its end, which is sent now or was
 	// These are set before done is closed.
 	clientErr error // the client's fault
 	callErr   error // the endpoint's
@@ -199,6 +209,7 @@ func (e *Engine) beginUpload(x *Exchange, body Body, c call) *upload {
 			x.work.keep(x, piece)
 			x.moved()
 			if isEOF(err) {
+				u.ended.Store(true)
 				u.callErr = c.finish(piece, body.Trailer())
 				return
 			}
