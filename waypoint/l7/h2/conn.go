@@ -70,9 +70,9 @@ type Conn struct {
 	// Of the goroutine of Run.
 	parser  *http2.Parser
 	fields  *http2.FieldReader
-	now     time.Time
-	lastID  uint32 // highest stream of the client, on a server
-	dataLen int    // of the DATA frame at hand, without what has come of it
+	now     time.Time // of the batch at hand; written under the mutex
+	lastID  uint32    // highest stream of the client, on a server
+	dataLen int       // of the DATA frame at hand, without what has come of it
 	dataTo  *Stream
 	dirty   []*Conn
 
@@ -358,7 +358,10 @@ func (c *Conn) readError(err error) error {
 
 // take takes a batch of bytes, and then sends what that has led to.
 func (c *Conn) take(in []byte) error {
-	c.now = time.Now()
+	now := time.Now()
+	c.mu.Lock()
+	c.now = now
+	c.mu.Unlock()
 	var err error
 	for len(in) > 0 && err == nil {
 		var f http2.Frame
