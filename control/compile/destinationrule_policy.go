@@ -126,6 +126,7 @@ func (c drCompiler) hash(path string, in *networking.LoadBalancerSettings_Consis
 		return // least request, then
 	}
 	out.Algorithm, out.Hash = mesh.RingHash, key
+	//lint:ignore SA1019 users still write the older form
 	out.RingSize = in.GetMinimumRingSize()
 	switch a := in.GetHashAlgorithm().(type) {
 	case *networking.LoadBalancerSettings_ConsistentHashLB_RingHash_:
@@ -359,6 +360,7 @@ func (c drCompiler) outlier(path string, in *networking.OutlierDetection) *mesh.
 		out.MaxEjected = p
 	}
 	out.MinHealthPercent = c.percent(path+".minHealthPercent", in.GetMinHealthPercent())
+	//lint:ignore SA1019 users still write the older form
 	if in.GetConsecutiveErrors() != 0 {
 		c.found.warn(path+".consecutiveErrors", "has no effect, and has not had one in Istio for long: use consecutive5xxErrors")
 	}

@@ -393,6 +393,7 @@ func (c vsCompiler) fault(path string, in *networking.HTTPFaultInjection, out *m
 
 func (c vsCompiler) faultDelay(path string, d *networking.HTTPFaultInjection_Delay) *mesh.FaultDelay {
 	out := &mesh.FaultDelay{}
+	//lint:ignore SA1019 users still write the older form
 	percent := d.GetPercent()
 	switch {
 	case d.GetPercentage() != nil:
@@ -467,6 +468,7 @@ func (c vsCompiler) cors(path string, in *networking.CorsPolicy, out *mesh.Rule)
 		}
 		to.AllowOrigins = append(to.AllowOrigins, m)
 	}
+	//lint:ignore SA1019 users still write the older form
 	old := in.GetAllowOrigin()
 	if len(old) > 0 && len(to.AllowOrigins) == 0 {
 		for _, o := range old {
@@ -517,6 +519,7 @@ func (c vsCompiler) mirrors(path string, r *networking.HTTPRoute, out *vsRule) {
 	}
 	if m := r.GetMirror(); m != nil {
 		share := perMillion(c.found, path+".mirrorPercentage.value", r.GetMirrorPercentage(), wholeMillion)
+		//lint:ignore SA1019 users still write the older form
 		if p := r.GetMirrorPercent(); p != nil && r.GetMirrorPercentage() == nil {
 			if p.GetValue() > 100 {
 				c.found.bad(path+".mirrorPercent", "is %d, want 0 to 100", p.GetValue())
