@@ -58,7 +58,7 @@ conformance: ## the Gateway API's mesh tests on a real cluster, without Weft and
 
 .PHONY: bench
 bench: ## capture and the tunnel against others: CPU time, interleaved; into out/bench.json (root)
-	@.ci/deps; .ci/deps-bench; mkdir -p out; WEFT_BENCH=$(CURDIR)/out/bench.json go test -v -count=1 -p 1 -timeout 40m -run '^TestBenchmark' ./node/capture ./cmd/ztunnel/blackbox
+	@.ci/deps; .ci/deps-bench; mkdir -p out; WEFT_BENCH=$(CURDIR)/out/bench.json go test -v -count=1 -p 1 -timeout 40m -run '^TestBenchmark' ./node/capture ./cmd/ztunnel/blackbox ./cmd/waypoint/blackbox
 
 .PHONY: soak
 soak: ## 15,000 idle and 200 active connections for ten minutes (root)

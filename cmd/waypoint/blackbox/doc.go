@@ -1,0 +1,2 @@
+// Package blackbox measures waypoints from outside, beside other proxies.
+package blackbox
