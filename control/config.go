@@ -25,9 +25,10 @@ type Config struct {
 	// IstioWaypoints also serves the GatewayClass istio-waypoint: only where
 	// Istio itself does not.
 	IstioWaypoints bool
-	// The addresses to listen on: gRPC over TLS for proxies; metrics; health;
-	// and profiles and log levels, for which nobody is authenticated.
-	GRPC, Metrics, Health, Debug string
+	// The addresses to listen on: gRPC over TLS for proxies; the webhook, over
+	// TLS; metrics; health; and profiles and log levels, for which nobody is
+	// authenticated.
+	GRPC, Webhook, Metrics, Health, Debug string
 }
 
 // Defaults returns the Config of a service about which nothing is said but
@@ -43,6 +44,7 @@ func Defaults(namespace string) Config {
 		Domain:       "cluster.local",
 		NodeAccounts: []mesh.Name{{Namespace: namespace, Name: "ztunnel"}},
 		GRPC:         ":15012",
+		Webhook:      ":15017",
 		Metrics:      ":15014",
 		Health:       ":15021",
 		Debug:        "127.0.0.1:15000",
@@ -75,7 +77,7 @@ func (c Config) Validate() error {
 	for _, a := range c.NodeAccounts {
 		check(dnsName.MatchString(a.Namespace) && dnsName.MatchString(a.Name), "node account %q: want namespace/name", a)
 	}
-	for _, l := range []struct{ name, addr string }{{"grpc", c.GRPC}, {"metrics", c.Metrics}, {"health", c.Health}, {"debug", c.Debug}} {
+	for _, l := range []struct{ name, addr string }{{"grpc", c.GRPC}, {"webhook", c.Webhook}, {"metrics", c.Metrics}, {"health", c.Health}, {"debug", c.Debug}} {
 		_, _, err := net.SplitHostPort(l.addr)
 		check(err == nil, "%s address %q: want host:port", l.name, l.addr)
 	}

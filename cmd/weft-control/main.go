@@ -64,6 +64,7 @@ func parse(args []string, getenv func(string) string, out io.Writer) (config, er
 	fs.StringVar(&c.Network, "network", c.Network, "network of this cluster's pods")
 	accounts := fs.String("node-accounts", "", "service accounts of node proxies, as namespace/name, separated by commas; default is ztunnel in the namespace")
 	fs.StringVar(&c.GRPC, "grpc-address", c.GRPC, "address of the gRPC service for proxies")
+	fs.StringVar(&c.Webhook, "webhook-address", c.Webhook, "address of the webhook that checks objects")
 	fs.StringVar(&c.Metrics, "metrics-address", c.Metrics, "address of /metrics")
 	fs.StringVar(&c.Health, "health-address", c.Health, "address of /healthz/live and /healthz/ready")
 	fs.StringVar(&c.Debug, "debug-address", c.Debug, "address of /debug/pprof and /logging")
@@ -182,12 +183,14 @@ func serve(ctx context.Context, cfg config, clients kube.Clients, health *contro
 		bundles := &kube.BundleWriter{Client: clients.Typed, Watcher: watcher, Roots: authority.RootPEM, Log: log}
 		statuses := &kube.StatusWriter{Dynamic: clients.Dynamic, Watcher: watcher, Log: log}
 		waypoints := &kube.Provisioner{Dynamic: clients.Dynamic, Watcher: watcher, Log: log}
+		webhook := control.NewWebhook(c, authority, log)
+		trust := &kube.WebhookWriter{Client: clients.Typed, Watcher: watcher, Name: "weft-control-" + c.Namespace, Roots: authority.RootPEM, Log: log}
 		keeper := control.Keeper{Secrets: secrets, Authority: authority, Secret: secret, Log: log}
 		health.Ready("the CA")
-		return run.All(ctx, service.Run, keeper.Run, func(ctx context.Context) error {
+		return run.All(ctx, service.Run, webhook.Run, keeper.Run, func(ctx context.Context) error {
 			return kube.RunLeader(ctx, kube.LeaderConfig{
 				Client: clients.Typed, Namespace: c.Namespace, Identity: cfg.identity,
-				Tasks: []run.Task{bundles.Run, statuses.Run, waypoints.Run}, Log: log, Registerer: reg,
+				Tasks: []run.Task{bundles.Run, statuses.Run, waypoints.Run, trust.Run}, Log: log, Registerer: reg,
 			})
 		})
 	}

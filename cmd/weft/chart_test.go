@@ -42,6 +42,7 @@ func TestRBAC(t *testing.T) {
 			"autoscaling/horizontalpodautoscalers get list watch create patch delete",
 			"policy/poddisruptionbudgets get list watch create patch delete",
 			"configmaps get list watch",
+			"admissionregistration.k8s.io/validatingwebhookconfigurations[weft-control-weft-system] get update",
 		},
 		"Role weft-system/weft-control": {
 			"coordination.k8s.io/leases create",

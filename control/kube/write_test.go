@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -266,5 +267,37 @@ func TestReviewToken(t *testing.T) {
 	})
 	if _, err := ReviewToken(t.Context(), client, "secret", "istio-ca"); err == nil {
 		t.Error("an API server that does not answer is taken for an answer")
+	}
+}
+
+// TestWebhookWriter proves that the roots are put in and kept, and that a
+// configuration that somebody has removed is not missed.
+func TestWebhookWriter(t *testing.T) {
+	conf := &admissionregistrationv1.ValidatingWebhookConfiguration{
+		ObjectMeta: metav1.ObjectMeta{Name: "weft"}, Webhooks: []admissionregistrationv1.ValidatingWebhook{{Name: "a"}, {Name: "b"}},
+	}
+	client := fake.NewClientset(conf)
+	w := &WebhookWriter{Client: client, Name: "weft", Roots: func() []byte { return []byte("ROOT") }, Log: quiet()}
+	for range 2 {
+		if err := w.write(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := client.AdmissionregistrationV1().ValidatingWebhookConfigurations().Get(t.Context(), "weft", metav1.GetOptions{})
+	if err != nil || string(got.Webhooks[0].ClientConfig.CABundle) != "ROOT" || string(got.Webhooks[1].ClientConfig.CABundle) != "ROOT" {
+		t.Errorf("%v, %v: want the roots in both", got, err)
+	}
+	updates := 0
+	for _, a := range client.Actions() {
+		if a.GetVerb() == "update" {
+			updates++
+		}
+	}
+	if updates != 1 {
+		t.Errorf("written %d times, want once", updates)
+	}
+	w.Name = "gone"
+	if err := w.write(t.Context()); err != nil {
+		t.Errorf("a configuration that is not there: %v", err)
 	}
 }
