@@ -283,14 +283,18 @@ func TestShutdown(t *testing.T) {
 // up is not asked for ever.
 func TestPeerOnItsWayOut(t *testing.T) {
 	var came atomic.Int64
+	var ready chan struct{} // closed when the world is there
 	end := func(n int64, cut func(*net.TCPConn)) option {
 		return func(w *world, _ *ServerConfig, _ *PoolConfig) {
 			came.Store(0)
+			made := make(chan struct{})
+			ready = made
 			w.tunnels = listen(t, func(c *net.TCPConn) {
 				if came.Add(1) <= n {
 					cut(c)
 					return
 				}
+				<-made
 				if err := w.server.Serve(context.Background(), c); err != nil {
 					t.Logf("serve: %v", err)
 				}
@@ -307,6 +311,7 @@ func TestPeerOnItsWayOut(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, echo, end(1, cut))
+			close(ready)
 			roundTrip(t, w.dial(), "hello")
 		})
 		t.Run("always "+name, func(t *testing.T) {
@@ -325,6 +330,7 @@ func TestPeerOnItsWayOut(t *testing.T) {
 			going = w.serving.NewServer(*sc)
 			end(1, func(c *net.TCPConn) { _ = going.Serve(context.Background(), c) })(w, sc, pc)
 		})
+		close(ready)
 		going.Shutdown()
 		roundTrip(t, w.dial(), "hello")
 		going.Abort(errors.New("the test is over"))
