@@ -1,3 +1,5 @@
+//lint:file-ignore SA1019 golang.org/x/net/http2 is the oracle: net/http hides the frames.
+
 package l7
 
 import (

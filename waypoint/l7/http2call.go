@@ -111,7 +111,9 @@ func (c *http2Call) sent(err error) error {
 }
 
 func (c *http2Call) send(h *msg.Head, piece []byte, end bool) error {
-	last := end && len(piece) == 0
+	// A request of gRPC ends in a DATA frame, be it empty: its protocol over
+	// HTTP/2 wants that, and servers wait for it.
+	last := end && len(piece) == 0 && !c.x.GRPC
 	if err := c.s.Head(h, last); err != nil {
 		return c.sent(err)
 	}
@@ -119,7 +121,7 @@ func (c *http2Call) send(h *msg.Head, piece []byte, end bool) error {
 		c.conn.Drain()
 	}
 	switch {
-	case last, len(piece) == 0:
+	case last, len(piece) == 0 && !end:
 		c.conn.FlushSoon()
 		return nil
 	case end:
