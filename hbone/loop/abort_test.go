@@ -195,15 +195,14 @@ func TestStorm(t *testing.T) {
 	}
 }
 
-// A tunnel's peer that dies takes the connections with it, and the next one
-// gets a new tunnel.
-func TestPeerDies(t *testing.T) {
+// cuttable puts a relay between the two ends of every tunnel of the world that
+// takes the option. cut resets all that there are.
+func cuttable() (o option, cut func()) {
 	var mu sync.Mutex
 	var raw []*net.TCPConn
-	w := newWorld(t, echo, func(w *world, _ *ServerConfig, pc *PoolConfig) {
+	o = func(w *world, _ *ServerConfig, pc *PoolConfig) {
 		dial := pc.Dial
 		pc.Dial = func(ctx context.Context, tg hbone.Target) (*net.TCPConn, error) {
-			// A relay between the two, which can be cut.
 			ln, err := net.Listen("tcp", "127.0.0.1:0")
 			if err != nil {
 				return nil, err
@@ -228,16 +227,26 @@ func TestPeerDies(t *testing.T) {
 			go func() { _, _ = io.Copy(out, in); _ = out.Close() }()
 			return c.(*net.TCPConn), nil
 		}
-	})
-	for i := range 3 {
-		c := w.dial()
-		roundTrip(t, c, "hello")
+	}
+	return o, func() {
 		mu.Lock()
+		defer mu.Unlock()
 		for _, r := range raw {
 			_ = r.SetLinger(0)
 			_ = r.Close()
 		}
-		mu.Unlock()
+	}
+}
+
+// A tunnel's peer that dies takes the connections with it, and the next one
+// gets a new tunnel.
+func TestPeerDies(t *testing.T) {
+	relay, cut := cuttable()
+	w := newWorld(t, echo, relay)
+	for i := range 3 {
+		c := w.dial()
+		roundTrip(t, c, "hello")
+		cut()
 		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 			t.Errorf("the application saw %v, want a reset", err)
 		}
@@ -249,6 +258,38 @@ func TestPeerDies(t *testing.T) {
 			defer w.pool.mu.Unlock()
 			return len(w.pool.entries) == 0
 		})
+	}
+}
+
+// A connection that a peer has not answered when it dies goes through the next
+// tunnel, and its application notices nothing. One that kills every peer ends.
+func TestPeerDiesOverARequest(t *testing.T) {
+	relay, cut := cuttable()
+	var dying atomic.Int64 // how many requests are left unanswered
+	w := newWorld(t, echo, relay, func(_ *world, sc *ServerConfig, _ *PoolConfig) {
+		handle := sc.Handle
+		sc.Handle = func(r *Request) {
+			if dying.Add(-1) < 0 {
+				handle(r)
+				return
+			}
+			cut()
+		}
+	})
+	roundTrip(t, w.dial(), "hello")
+	dying.Store(1)
+	exchange(t, w.dial(), []byte("what was sent before the answer"))
+	if n := w.dials.Load(); n != 2 {
+		t.Errorf("%d tunnels were made, want 2", n)
+	}
+	dying.Store(1 << 30)
+	w.dial()
+	if err := w.over(w.theOut(2)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("a request that kills every peer ended with %v, want a reset", err)
+	}
+	// Once less if a reset overtakes the greeting of the new tunnel.
+	if tried := 1<<30 - dying.Load(); tried < 2 || tried > maxTries {
+		t.Errorf("it was tried %d times, want at most %d", tried, maxTries)
 	}
 }
 

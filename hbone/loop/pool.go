@@ -125,8 +125,9 @@ var (
 	errOwnerGone  = errors.New("the pod that the tunnel was made for is gone")
 )
 
-// maxTries bounds how often one request is sent: once more for a stale tunnel,
-// and once more for a new one whose limits we have yet to learn.
+// maxTries bounds how often one request is sent: once more for a tunnel that was
+// stale or cut off, and once more for a new one whose limits we have yet to
+// learn.
 const maxTries = 3
 
 // NewPool returns a pool for cfg.
@@ -162,9 +163,11 @@ func (e *Engine) NewPool(cfg PoolConfig) *Pool {
 //
 // The error that ends c is a *hbone.StatusError if the peer refused. A request
 // for which the peer certainly did nothing, because the tunnel was stale, going
-// away or full, is tried again on another, and so is once a handshake that the
-// peer has cut off; nothing else is tried twice, least of all a handshake with a
-// wrong peer.
+// away or full, is tried again on another, and so is one that it left
+// unanswered when it hung up, as a killed proxy does: none of the application's
+// bytes leave before the answer, so all that its service can have seen twice is
+// a connection without any. A handshake that the peer has cut off is tried once
+// more. Nothing else is tried twice, least of all a handshake with a wrong peer.
 func (p *Pool) Connect(ctx context.Context, t hbone.Target, authority string, h hbone.Header, c *Conn, fd int, owner Owner) error {
 	c.owner, c.fd = owner, int32(fd)
 	c.opening = &opening{

@@ -344,8 +344,10 @@ func (l *eventLoop) endTunnel(t *tunnel, err error, flush bool) {
 	}
 	cause = &resetError{"the tunnel ended", cause}
 	for _, c := range t.conns {
-		if c.opening != nil && t.greeted && !flush && c.opening.sent > t.sent() {
-			l.bounce(c, cause) // the peer has never seen it
+		// The peer has never seen it, or has died over it: then nothing of the
+		// application was sent, for that waits for the answer.
+		if c.opening != nil && t.greeted && !flush && (c.opening.sent > t.sent() || cutOff(err)) {
+			l.bounce(c, cause)
 			continue
 		}
 		l.endConn(c, cause)
