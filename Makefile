@@ -54,7 +54,7 @@ e2e: ## tests on a real two-node cluster
 
 .PHONY: conformance
 conformance: ## the Gateway API's mesh tests on a real cluster, without Weft and with it; into docs/conformance (root)
-	@cd e2e && go run ./cmd/conformance
+	@.ci/deps; cd e2e && go run ./cmd/conformance
 
 .PHONY: bench
 bench: ## capture and the tunnel against others: CPU time, interleaved; into out/bench.json (root)
