@@ -27,6 +27,8 @@ func TestRBAC(t *testing.T) {
 			"security.istio.io/peerauthentications/status patch",
 			"networking.istio.io/virtualservices get list watch", "networking.istio.io/virtualservices/status patch",
 			"networking.istio.io/destinationrules get list watch", "networking.istio.io/destinationrules/status patch",
+			"networking.istio.io/serviceentries get list watch", "networking.istio.io/serviceentries/status patch",
+			"networking.istio.io/workloadentries get list watch", "networking.istio.io/workloadentries/status patch",
 			"gateway.networking.k8s.io/gatewayclasses create",
 			"gateway.networking.k8s.io/gatewayclasses get list watch", "gateway.networking.k8s.io/gatewayclasses/status patch",
 			"gateway.networking.k8s.io/gateways get list watch", "gateway.networking.k8s.io/gateways/status patch",

@@ -13,8 +13,8 @@ import (
 // is widened. So every object of a policy's spec keeps unknown fields.
 func TestDefinitionsKeepUnknownFields(t *testing.T) {
 	crds := rendered(t).crds
-	if len(crds) != 4 {
-		t.Fatalf("%d definitions, want 4", len(crds))
+	if len(crds) != 6 {
+		t.Fatalf("%d definitions, want 6", len(crds))
 	}
 	for _, crd := range crds {
 		versions, _, _ := unstructured.NestedSlice(crd.Object, "spec", "versions")

@@ -36,6 +36,10 @@ func (in *Inputs) Add(u *unstructured.Unstructured) (bool, error) {
 		in.VirtualServices = append(in.VirtualServices, ReadVirtualService(u))
 	case "DestinationRule.networking.istio.io":
 		in.DestinationRules = append(in.DestinationRules, ReadDestinationRule(u))
+	case "ServiceEntry.networking.istio.io":
+		in.ServiceEntries = append(in.ServiceEntries, ReadServiceEntry(u))
+	case "WorkloadEntry.networking.istio.io":
+		in.WorkloadEntries = append(in.WorkloadEntries, ReadWorkloadEntry(u))
 	case "GatewayClass." + groupGateway:
 		in.GatewayClasses = append(in.GatewayClasses, ReadGatewayClass(u))
 	case "Gateway." + groupGateway:

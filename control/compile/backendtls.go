@@ -29,7 +29,7 @@ func (w *World) compileBackendTLS(in Inputs) {
 			cond := Condition{Type: Accepted, OK: true, Reason: string(gatewayv1.PolicyReasonAccepted), Message: "TLS is spoken to the endpoints"}
 			name := mesh.Name{Namespace: p.Name.Namespace, Name: string(ref.Name)}
 			at := string(ref.Name) + "|" + string(deref(ref.SectionName)) + "|" + p.Name.Namespace
-			ports, why := parentPorts(services[name], name, gatewayv1.ParentReference{SectionName: ref.SectionName})
+			ports, why := parentPorts(services[name], "Service "+name.String(), gatewayv1.ParentReference{SectionName: ref.SectionName})
 			first, conflict := taken[at]
 			switch {
 			case ref.Group != "" || ref.Kind != "Service":

@@ -64,6 +64,8 @@ type Inputs struct {
 	PeerAuthentications   []PeerAuthentication
 	VirtualServices       []VirtualService
 	DestinationRules      []DestinationRule
+	ServiceEntries        []ServiceEntry
+	WorkloadEntries       []WorkloadEntry
 
 	GatewayClasses     []GatewayClass
 	Gateways           []Gateway
@@ -87,7 +89,8 @@ type World struct {
 	Services []mesh.Service // sorted by name
 	Policies []mesh.Policy  // sorted by name
 	// Endpoints are the workloads that no pod stands behind: addresses that
-	// only an EndpointSlice names. Sorted by UID.
+	// only an EndpointSlice, a ServiceEntry or a WorkloadEntry names. Sorted by
+	// UID.
 	Endpoints []mesh.Workload
 	Statuses  []Status // sorted by kind, then name
 	// Routes are for services and their ports; every service has those that
@@ -104,12 +107,18 @@ type World struct {
 	fromAddr  map[netip.Addr][]mesh.Membership
 	fromPod   map[mesh.Name][]mesh.Membership
 	claimed   map[netip.Addr]bool
+	ranges    []netip.Prefix              // that ServiceEntries claim
 	selectors map[string][]policySelector // policies with a selector, by namespace of the pods they may select; "" is all
 	peers     peerAuths
 	drafts    map[mesh.RouteKey]*routeDraft // while compiling
 	subsets   map[subsetKey]bool            // that some DestinationRule in force has
 	labelKeys map[string]bool               // of pods, that TrafficPolicies ask for
 	direct    map[string]bool               // namespaces whose pods may be reached without a tunnel within a node
+
+	origins        map[mesh.ServiceName]origin
+	entries        map[mesh.Name]*serviceEntry
+	entryHosts     map[mesh.Host][]mesh.ServiceName // of ServiceEntries, by namespace
+	endpointLabels map[mesh.UID]map[string]string   // of endpoints that have labels of their own
 
 	namespaces map[string]labels.Set // their labels
 	waypoints  map[mesh.Name]*waypoint
@@ -129,7 +138,8 @@ type policySelector struct {
 // policies. Pods are compiled one by one with World.Workload.
 func Compile(s Settings, in Inputs) *World {
 	w := &World{settings: s.withDefaults(), selectors: map[string][]policySelector{},
-		drafts: map[mesh.RouteKey]*routeDraft{}, labelKeys: map[string]bool{}, subsets: map[subsetKey]bool{}}
+		drafts: map[mesh.RouteKey]*routeDraft{}, labelKeys: map[string]bool{}, subsets: map[subsetKey]bool{},
+		origins: map[mesh.ServiceName]origin{}}
 	w.direct = directNamespaces(in.Namespaces)
 	w.compileServices(in.Services)
 	w.compileSlices(in)
@@ -138,6 +148,7 @@ func Compile(s Settings, in Inputs) *World {
 	w.compileAuthorizationPolicies(in.AuthorizationPolicies)
 	w.compilePeerAuthentications(in.PeerAuthentications)
 	w.compileDestinationRules(in.DestinationRules)
+	w.labelEndpoints()
 	w.compileVirtualServices(in.VirtualServices)
 	w.compileGatewayRoutes(in)
 	w.finishRoutes()
@@ -147,10 +158,13 @@ func Compile(s Settings, in Inputs) *World {
 	return w
 }
 
-// Claims reports whether an EndpointSlice names the address a. When a pod
-// with such an address comes or goes, the World has to be compiled anew: the
-// address turns from an endpoint of its own into one of the pod's, or back.
-func (w *World) Claims(a netip.Addr) bool { return w.claimed[a] }
+// Claims reports whether an EndpointSlice, a ServiceEntry or a WorkloadEntry
+// names the address a. When a pod with such an address comes or goes, the World
+// has to be compiled anew: the address turns from an endpoint of its own into
+// one of the pod's, or back.
+func (w *World) Claims(a netip.Addr) bool {
+	return w.claimed[a] || slices.ContainsFunc(w.ranges, func(p netip.Prefix) bool { return p.Contains(a) })
+}
 
 // policiesFor returns the policies that select a pod with the given labels,
 // sorted by name.

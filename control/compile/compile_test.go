@@ -181,6 +181,10 @@ func readObjects(t *testing.T, b []byte) Inputs {
 			in.VirtualServices = append(in.VirtualServices, ReadVirtualService(u))
 		case "DestinationRule":
 			in.DestinationRules = append(in.DestinationRules, ReadDestinationRule(u))
+		case "ServiceEntry":
+			in.ServiceEntries = append(in.ServiceEntries, ReadServiceEntry(u))
+		case "WorkloadEntry":
+			in.WorkloadEntries = append(in.WorkloadEntries, ReadWorkloadEntry(u))
 		case "GatewayClass":
 			in.GatewayClasses = append(in.GatewayClasses, ReadGatewayClass(u))
 		case "Gateway":

@@ -48,10 +48,16 @@ func (w *World) memberships(pod *corev1.Pod, addrs []netip.Addr) []mesh.Membersh
 
 // selected returns the services whose selector matches the pod, in no order.
 func (w *World) selected(pod *corev1.Pod) []selectingService {
+	return w.selectedBy(pod.Namespace, pod.Labels)
+}
+
+// selectedBy returns the services of a namespace whose selector matches the
+// labels, in no order.
+func (w *World) selectedBy(namespace string, set map[string]string) []selectingService {
 	var out []selectingService
-	for k, v := range pod.Labels {
-		for _, s := range w.selecting[labelPair{pod.Namespace, k, v}] {
-			if s.selector.Matches(labels.Set(pod.Labels)) {
+	for k, v := range set {
+		for _, s := range w.selecting[labelPair{namespace, k, v}] {
+			if s.selector.Matches(labels.Set(set)) {
 				out = append(out, s)
 			}
 		}

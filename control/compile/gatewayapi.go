@@ -22,6 +22,10 @@ const ControllerName = "weft.dev/waypoint"
 // groupGateway is the API group of the Gateway API.
 const groupGateway = "gateway.networking.k8s.io"
 
+// groupNetworking is the API group of ServiceEntries, and of the kind Hostname,
+// by which routes of the Gateway API name hosts.
+const groupNetworking = "networking.istio.io"
+
 // An Object is an object of the Gateway API whose spec is an S, read.
 type Object[S any] struct {
 	Meta

@@ -38,7 +38,7 @@ func reviewGatewayAPI(u *unstructured.Unstructured) ([]Finding, bool) {
 	}
 	ours := false
 	for _, p := range r.parents {
-		ours = ours || p.Kind != nil && *p.Kind == "Service"
+		ours = ours || p.Kind != nil && (*p.Kind == KindService || *p.Kind == KindServiceEntry)
 	}
 	if !ours {
 		return nil, false // a gateway's controller has its own opinion

@@ -21,7 +21,7 @@ func TestReviewGatewayAPI(t *testing.T) {
 		{"unknown field", route + `{parentRefs: [{group: "", kind: Service, name: a}], rules: [{match: []}]}`,
 			[]string{`spec.rules[0] cannot be read: unknown field "match"`}, true},
 		{"reference of another kind", route + `{parentRefs: [{group: "", kind: Service, name: a}], rules: [{backendRefs: [{kind: Bucket, name: a}]}]}`,
-			[]string{`spec.rules[0].backendRefs[0] is of kind "Bucket" of group "", want a Service of group ""`}, true},
+			[]string{`spec.rules[0].backendRefs[0] is of kind "Bucket" of group "", want a Service of group "", or a Hostname of group networking.istio.io`}, true},
 		{"host names", route + `{hostnames: [a.example.com], parentRefs: [{group: "", kind: Service, name: a}], rules: [{backendRefs: [{name: a, port: 80}]}]}`,
 			[]string{"spec.hostnames does not count for a Service, which is asked for by its address"}, true},
 		{"route of a gateway", route + `{parentRefs: [{name: g}], rules: [{match: []}]}`, nil, false},

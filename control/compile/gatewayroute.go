@@ -52,7 +52,7 @@ type attachment struct {
 
 // compileGatewayRoutes adds the rules of the routes of the Gateway API.
 func (w *World) compileGatewayRoutes(in Inputs) {
-	c := &routeCompiler{settings: w.settings, services: kubeServices(in.Services), grants: readGrants(in.ReferenceGrants)}
+	c := &routeCompiler{settings: w.settings, services: kubeServices(in.Services), grants: readGrants(in.ReferenceGrants), byHost: w.serviceByHost, origins: w.origins}
 	var routes []*gatewayRoute
 	for _, r := range oldestFirst(in.GRPCRoutes) {
 		routes = append(routes, c.grpcRoute(r))
@@ -88,11 +88,14 @@ func (w *World) attach(r *gatewayRoute, services map[mesh.Name]*corev1.Service, 
 		}
 		switch {
 		case kind == "Service" && group == "":
-			ports, why := parentPorts(services[parent], parent, ref)
+			name := w.settings.serviceName(parent.Namespace, parent.Name)
+			ports, why := parentPorts(services[parent], "Service "+parent.String(), ref)
 			if why == "" {
-				r.attachTo(w.settings.serviceName(parent.Namespace, parent.Name), parent.Namespace, ports, attached)
+				r.attachTo(name, parent.Namespace, ports, attached)
 			}
-			out.Parents = append(out.Parents, ParentStatus{ref, r.conditions(why, w.programmed(parent, services))})
+			out.Parents = append(out.Parents, ParentStatus{ref, r.conditions(why, w.programmed(name, "Service "+parent.String()))})
+		case kind == KindServiceEntry && group == groupNetworking:
+			out.Parents = append(out.Parents, ParentStatus{ref, w.attachToEntry(r, parent, ref, attached)})
 		case (kind == "" || kind == "Gateway") && group == groupGateway && w.waypoints[parent] != nil:
 			out.Parents = append(out.Parents, ParentStatus{ref, []Condition{
 				{Type: Accepted, Reason: string(gatewayv1.RouteReasonNotAllowedByListeners),
@@ -106,11 +109,27 @@ func (w *World) attach(r *gatewayRoute, services map[mesh.Name]*corev1.Service, 
 	}
 }
 
+// attachToEntry files a route at the ports of all hosts of a ServiceEntry.
+func (w *World) attachToEntry(r *gatewayRoute, parent mesh.Name, ref gatewayv1.ParentReference, attached map[mesh.RouteKey][]attachment) []Condition {
+	what := KindServiceEntry + " " + parent.String()
+	e := w.entries[parent]
+	if e == nil || len(e.services) == 0 {
+		return r.conditions("there is no "+what+" with a host to attach to", Condition{})
+	}
+	ports, why := parentPorts(e.object(), what, ref)
+	if why == "" {
+		for _, s := range e.services {
+			r.attachTo(s, parent.Namespace, ports, attached)
+		}
+	}
+	return r.conditions(why, w.programmed(e.services[0], what))
+}
+
 // parentPorts returns the ports of a service that a parentRef means, or why
-// there is none.
-func parentPorts(s *corev1.Service, name mesh.Name, ref gatewayv1.ParentReference) (ports []uint16, why string) {
+// there is none. what is the service's kind and name.
+func parentPorts(s *corev1.Service, what string, ref gatewayv1.ParentReference) (ports []uint16, why string) {
 	if s == nil {
-		return nil, fmt.Sprintf("there is no Service %s to attach to", name)
+		return nil, fmt.Sprintf("there is no %s to attach to", what)
 	}
 	section := string(deref(ref.SectionName))
 	for _, p := range tcpPorts(s) {
@@ -128,7 +147,7 @@ func parentPorts(s *corev1.Service, name mesh.Name, ref gatewayv1.ParentReferenc
 	case section != "":
 		why = fmt.Sprintf("with name %q", section)
 	}
-	return nil, strings.TrimSpace(fmt.Sprintf("Service %s has no TCP port %s", name, why))
+	return nil, strings.TrimSpace(fmt.Sprintf("%s has no TCP port %s", what, why))
 }
 
 // attachTo files the route once at each of the ports. From another namespace
@@ -148,14 +167,14 @@ func (r *gatewayRoute) attachTo(service mesh.ServiceName, namespace string, port
 
 // programmed says whether there is a proxy that follows the routes of a
 // service.
-func (w *World) programmed(service mesh.Name, services map[mesh.Name]*corev1.Service) Condition {
-	if services[service] == nil {
+func (w *World) programmed(service mesh.ServiceName, what string) Condition {
+	if w.serviceNamed(service) == nil {
 		return Condition{}
 	}
-	b, ok := w.bound[w.settings.serviceName(service.Namespace, service.Name)]
+	b, ok := w.bound[service]
 	if !ok {
 		return Condition{Type: Programmed, Reason: reasonNoWaypoint,
-			Message: fmt.Sprintf("Service %s is not bound to a waypoint, so nothing follows the route; label it or its namespace with %s", service, labelUseWaypoint)}
+			Message: fmt.Sprintf("%s is not bound to a waypoint, so nothing follows the route; label it or its namespace with %s", what, labelUseWaypoint)}
 	}
 	if wp := w.waypoints[b.gateway]; wp == nil || !wp.usable() || b.ref.IsZero() {
 		return Condition{Type: Programmed, Reason: reasonNoWaypoint, Message: fmt.Sprintf("waypoint %s is not ready", b.gateway)}

@@ -36,6 +36,9 @@ func (w *World) guard(pod *corev1.Pod) *mesh.Policy {
 	through := map[uint16]map[string]bool{} // waypoints by port
 	open := map[uint16]bool{}
 	for _, m := range w.memberships(pod, PodAddrs(pod)) {
+		if m.Service.Namespace != pod.Namespace {
+			continue // who names an address of another namespace neither closes a port there nor opens one
+		}
 		b := w.bound[m.Service]
 		for _, p := range m.Ports {
 			switch {

@@ -45,6 +45,10 @@ func reviewIstio(u *unstructured.Unstructured) ([]Finding, bool) {
 		f = v.found
 	case KindDestinationRule:
 		f = s.checkDestinationRule(ReadDestinationRule(u)).found
+	case KindServiceEntry:
+		f = s.checkServiceEntry(ReadServiceEntry(u)).found
+	case KindWorkloadEntry:
+		_, f = checkWorkloadEntry(ReadWorkloadEntry(u))
 	case KindAuthorizationPolicy:
 		f = s.reviewAuthorizationPolicy(u)
 	case KindPeerAuthentication:
@@ -139,13 +143,14 @@ func (s Settings) badTarget(namespace string, r TargetRef) string {
 	case r.Name == "":
 		return "has no name"
 	case r.Kind == KindService && (r.Group == "" || r.Group == "core"):
+	case r.Kind == KindServiceEntry && r.Group == groupNetworking:
 	case r.Kind == KindGateway && r.Group == groupGateway:
 	case r.Kind == KindGatewayClass && r.Group == groupGateway:
 		if namespace != s.RootNamespace {
 			return fmt.Sprintf("names a GatewayClass, which only policies in namespace %s can", s.RootNamespace)
 		}
 	default:
-		return fmt.Sprintf("is of kind %s in group %q, want Service, or Gateway or GatewayClass in group %s", cmp.Or(r.Kind, "(none)"), r.Group, groupGateway)
+		return fmt.Sprintf("is of kind %s in group %q, want Service, ServiceEntry in group %s, or Gateway or GatewayClass in group %s", cmp.Or(r.Kind, "(none)"), r.Group, groupNetworking, groupGateway)
 	}
 	return ""
 }

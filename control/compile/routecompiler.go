@@ -20,6 +20,8 @@ type routeCompiler struct {
 	settings Settings
 	services map[mesh.Name]*corev1.Service
 	grants   grants
+	byHost   func(h mesh.Host, namespace string) *mesh.Service
+	origins  map[mesh.ServiceName]origin
 	// offline: only the object itself is known, and what it refers to is taken
 	// to be there.
 	offline bool
@@ -77,8 +79,11 @@ func (c *routeCompiler) backend(r *gatewayRoute, path string, ref gatewayv1.Back
 		return out
 	}
 	kind := cmp.Or(string(deref(ref.Kind)), "Service")
+	if kind == "Hostname" && string(deref(ref.Group)) == groupNetworking {
+		return c.hostBackend(r, ref, out, lost)
+	}
 	if group := string(deref(ref.Group)); kind != "Service" || group != "" {
-		return lost(gatewayv1.RouteReasonInvalidKind, "is of kind %q of group %q, want a Service of group \"\"", kind, group)
+		return lost(gatewayv1.RouteReasonInvalidKind, "is of kind %q of group %q, want a Service of group \"\", or a Hostname of group %s", kind, group, groupNetworking)
 	}
 	name := mesh.Name{Namespace: cmp.Or(string(deref(ref.Namespace)), r.meta.Name.Namespace), Name: string(ref.Name)}
 	out.Service = c.settings.serviceName(name.Namespace, name.Name)
@@ -102,6 +107,40 @@ func (c *routeCompiler) backend(r *gatewayRoute, path string, ref gatewayv1.Back
 	if !slices.ContainsFunc(tcpPorts(s), func(p corev1.ServicePort) bool { return p.Port == port }) {
 		return lost(gatewayv1.RouteReasonBackendNotFound, "is port %d of Service %s, which has no such TCP port", port, name)
 	}
+	return out
+}
+
+// hostBackend resolves a reference by host name.
+func (c *routeCompiler) hostBackend(r *gatewayRoute, ref gatewayv1.BackendObjectReference, out mesh.Backend, lost func(gatewayv1.RouteConditionReason, string, ...any) mesh.Backend) mesh.Backend {
+	namespace, port := r.meta.Name.Namespace, deref(ref.Port)
+	switch why := badHost(string(ref.Name), false); {
+	case why != "":
+		return lost(gatewayv1.RouteReasonUnsupportedValue, "is Hostname %q, %s", ref.Name, why)
+	case ref.Namespace != nil:
+		return lost(gatewayv1.RouteReasonUnsupportedValue, "is a Hostname with a namespace, and a host has none")
+	case !validPort(port):
+		return lost(gatewayv1.RouteReasonUnsupportedValue, "has no port, and a Hostname needs one")
+	}
+	out.Port = uint16(port)
+	host := c.settings.fullHost(string(ref.Name), namespace)
+	if c.offline {
+		out.Service = mesh.ServiceName{Namespace: namespace, Host: host}
+		return out
+	}
+	s := c.byHost(host, namespace)
+	if s == nil {
+		return lost(gatewayv1.RouteReasonBackendNotFound, "is Hostname %s, and no Service and no ServiceEntry has that name", host)
+	}
+	// By its host a Service is as much another namespace's as by its name.
+	if of := c.origins[s.Name]; of.kind == KindService && !r.hasParent(of.name) && !c.grants.permit(r.kind, namespace, of.name) {
+		out.Port = 0
+		return lost(gatewayv1.RouteReasonRefNotPermitted, "is of namespace %s, and no ReferenceGrant there allows %s objects of namespace %s to name Service %s",
+			of.name.Namespace, r.kind, namespace, of.name.Name)
+	}
+	if !slices.ContainsFunc(s.Ports, func(p mesh.Port) bool { return p.Service == out.Port }) {
+		return lost(gatewayv1.RouteReasonBackendNotFound, "is port %d of %s, which has no such TCP port", port, host)
+	}
+	out.Service = s.Name
 	return out
 }
 

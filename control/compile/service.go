@@ -56,6 +56,7 @@ func (w *World) compileServices(in []*corev1.Service) {
 			continue // a DNS alias: there is nothing to send to at this level
 		}
 		w.Services = append(w.Services, w.service(s, balanced))
+		w.origins[w.settings.serviceName(s.Namespace, s.Name)] = origin{KindService, mesh.Name{Namespace: s.Namespace, Name: s.Name}, s.Labels}
 		if len(s.Spec.Selector) == 0 {
 			continue
 		}

@@ -22,6 +22,8 @@ type Status struct {
 	// Addresses and Listeners are of a Gateway.
 	Addresses []string         `json:"addresses,omitempty"`
 	Listeners []ListenerStatus `json:"listeners,omitempty"`
+	// HostAddresses are those given to the hosts of a ServiceEntry.
+	HostAddresses []HostAddress `json:"hostAddresses,omitempty"`
 }
 
 // A ParentStatus says what became of a route or policy at one place. It is
@@ -91,6 +93,8 @@ const (
 	KindPeerAuthentication  = "PeerAuthentication"
 	KindVirtualService      = "VirtualService"
 	KindDestinationRule     = "DestinationRule"
+	KindServiceEntry        = "ServiceEntry"
+	KindWorkloadEntry       = "WorkloadEntry"
 	KindService             = "Service"
 	KindGatewayClass        = "GatewayClass" // its Name has no namespace
 	KindGateway             = "Gateway"

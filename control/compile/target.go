@@ -62,6 +62,21 @@ func (w *World) resolveTarget(namespace string, r TargetRef) (targets []mesh.Tar
 			return []mesh.Target{{Waypoint: name}}, "", fmt.Sprintf("names Gateway %s, which is no waypoint", name)
 		}
 		return []mesh.Target{{Waypoint: name}}, "everything behind waypoint " + name.String(), ""
+	case KindServiceEntry:
+		e := w.entries[name]
+		if e == nil || len(e.services) == 0 {
+			return nil, "", fmt.Sprintf("names ServiceEntry %s, which does not exist or has no host", name)
+		}
+		bound := false
+		for _, s := range e.services {
+			targets = append(targets, mesh.Target{Service: s})
+			_, ok := w.waypointOf(s)
+			bound = bound || ok
+		}
+		if !bound {
+			return targets, "", fmt.Sprintf("names ServiceEntry %s, which has no waypoint in front of it, so that nobody enforces the policy for it: label it istio.io/use-waypoint", name)
+		}
+		return targets, "ServiceEntry " + name.String(), ""
 	default: // GatewayClass
 		for _, wp := range w.waypointsOfClass(r.Name) {
 			targets = append(targets, mesh.Target{Waypoint: wp})

@@ -367,7 +367,7 @@ func (w *World) tieBackend(v *virtualService, b vsBackend, asked uint16) mesh.Ba
 		v.refs.add("%s: %s", b.path, out.Unroutable)
 		return out
 	}
-	s := w.serviceByHost(b.host)
+	s := w.serviceByHost(b.host, v.Name.Namespace)
 	if s == nil {
 		return lost("there is no service %s%s", b.host, w.meant(b.host, v.Name.Namespace))
 	}
@@ -393,20 +393,32 @@ func (w *World) tieBackend(v *virtualService, b vsBackend, asked uint16) mesh.Ba
 // meant guesses what a host that is no service's was meant to be.
 func (w *World) meant(h mesh.Host, namespace string) string {
 	name, ns, ok := strings.Cut(string(h), ".")
-	if ok && w.serviceByHost(w.settings.serviceName(strings.TrimSuffix(ns, ".svc"), name).Host) != nil {
+	if ok && w.serviceByHost(w.settings.serviceName(strings.TrimSuffix(ns, ".svc"), name).Host, namespace) != nil {
 		return fmt.Sprintf("; did you mean %s.%s.svc.%s?", name, strings.TrimSuffix(ns, ".svc"), w.settings.Domain)
 	}
 	return ""
 }
 
-// serviceByHost returns the service of that name, or nil. Services are sorted
-// by namespace, and a name of this cluster says its own.
-func (w *World) serviceByHost(h mesh.Host) *mesh.Service {
-	parts := strings.SplitN(string(h), ".", 3)
-	if len(parts) < 3 {
-		return nil
+// serviceByHost returns the service that the host means to objects of a
+// namespace, or nil, as proxies resolve it: a ServiceEntry of their own, else
+// the Service, whose name says its namespace, else the first ServiceEntry by
+// namespace that is not private to another one.
+func (w *World) serviceByHost(h mesh.Host, namespace string) *mesh.Service {
+	if s := w.serviceNamed(mesh.ServiceName{Namespace: namespace, Host: h}); s != nil {
+		return s
 	}
-	return w.serviceNamed(mesh.ServiceName{Namespace: parts[1], Host: h})
+	if parts := strings.SplitN(string(h), ".", 3); len(parts) == 3 {
+		name := mesh.ServiceName{Namespace: parts[1], Host: h}
+		if s := w.serviceNamed(name); s != nil && w.origins[name].kind == KindService {
+			return s
+		}
+	}
+	for _, name := range w.entryHosts[h] {
+		if s := w.serviceNamed(name); s != nil && !s.Private {
+			return s
+		}
+	}
+	return nil
 }
 
 func (w *World) serviceNamed(n mesh.ServiceName) *mesh.Service {

@@ -99,7 +99,8 @@ func (w *World) compileWaypoints(in Inputs) {
 		w.waypoints[g.Name] = wp
 		w.manage(wp, in.ConfigMaps)
 	}
-	w.bindServices(services)
+	w.compileServiceEntries(in)
+	w.bindServices()
 	for _, wp := range w.waypoints {
 		if wp.refused == "" {
 			w.Waypoints = append(w.Waypoints, wp.Waypoint)
@@ -256,17 +257,17 @@ func (w *World) isWaypoint(pod *corev1.Pod) bool {
 }
 
 // bindServices decides for each service which waypoint stands in front of it.
-func (w *World) bindServices(objects map[mesh.Name]*corev1.Service) {
+func (w *World) bindServices() {
 	w.bound = map[mesh.ServiceName]binding{}
 	w.virtual = map[mesh.ServiceName]bool{}
 	for i := range w.Services {
 		s := &w.Services[i]
 		w.virtual[s.Name] = len(s.VIPs) > 0
-		name := mesh.Name{Namespace: s.Name.Namespace, Name: s.ShortName}
-		if w.waypoints[name] != nil {
+		of := w.origins[s.Name]
+		if of.kind == KindService && w.waypoints[of.name] != nil {
 			continue // the waypoint's own service
 		}
-		b, cond := w.bind(s.Name.Namespace, objects[name].Labels, true)
+		b, cond := w.bind(s.Name.Namespace, of.labels, true)
 		if b == (binding{}) {
 			continue
 		}
@@ -277,7 +278,20 @@ func (w *World) bindServices(objects map[mesh.Name]*corev1.Service) {
 		if wp := w.waypoints[b.gateway]; wp != nil && cond.OK {
 			wp.attached++
 		}
-		w.Statuses = append(w.Statuses, Status{Kind: KindService, Name: name, Conditions: []Condition{cond}})
+		if of.kind == KindService {
+			w.Statuses = append(w.Statuses, Status{Kind: KindService, Name: of.name, Conditions: []Condition{cond}})
+		}
+	}
+	for _, e := range w.entries {
+		var cond Condition
+		if b, c := w.bind(e.Name.Namespace, e.Labels, true); b != (binding{}) {
+			cond = c
+		}
+		if cond.OK && slices.ContainsFunc(e.services, func(s mesh.ServiceName) bool { return !w.virtual[s] }) {
+			cond.OK, cond.Reason = false, reasonUnsupported
+			cond.Message += ", but it has no address by which connections could be sent there: they go around it"
+		}
+		w.Statuses = append(w.Statuses, e.status(cond))
 	}
 }
 

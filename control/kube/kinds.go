@@ -43,6 +43,12 @@ func kinds() []kind {
 		{compile.KindDestinationRule, networking, "destinationrules", []string{"v1", "v1beta1", "v1alpha3"}, false, func(in *compile.Inputs, u *unstructured.Unstructured) {
 			in.DestinationRules = append(in.DestinationRules, compile.ReadDestinationRule(u))
 		}, shapeConditions},
+		{compile.KindServiceEntry, networking, "serviceentries", []string{"v1", "v1beta1", "v1alpha3"}, false, func(in *compile.Inputs, u *unstructured.Unstructured) {
+			in.ServiceEntries = append(in.ServiceEntries, compile.ReadServiceEntry(u))
+		}, shapeServiceEntry},
+		{compile.KindWorkloadEntry, networking, "workloadentries", []string{"v1", "v1beta1", "v1alpha3"}, false, func(in *compile.Inputs, u *unstructured.Unstructured) {
+			in.WorkloadEntries = append(in.WorkloadEntries, compile.ReadWorkloadEntry(u))
+		}, shapeConditions},
 		{compile.KindGatewayClass, gateway, "gatewayclasses", []string{"v1", "v1beta1"}, false, func(in *compile.Inputs, u *unstructured.Unstructured) {
 			in.GatewayClasses = append(in.GatewayClasses, compile.ReadGatewayClass(u))
 		}, shapeConditions},

@@ -2,6 +2,7 @@ package kube
 
 import (
 	"encoding/json"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -212,5 +213,32 @@ func TestMover(t *testing.T) {
 	m.moved(world("w"), world(""), noon)
 	if s, _ := m.moving(noon); s != nil {
 		t.Error("what is released moves on")
+	}
+}
+
+// TestServiceEntryShape proves that the addresses that hosts were given are
+// written, kept while they are the same, and taken back.
+func TestServiceEntryShape(t *testing.T) {
+	st := compile.Status{Kind: compile.KindServiceEntry, Generation: 2,
+		Conditions:    []compile.Condition{{Type: compile.WaypointBound, OK: true, Reason: "WaypointAccepted", Message: "bound"}},
+		HostAddresses: []compile.HostAddress{{Host: "a.example.com", Address: netip.MustParseAddr("240.240.0.7")}}}
+	const want = `
+conditions: [{type: istio.io/WaypointBound, status: "True", reason: WaypointAccepted, message: bound, observedGeneration: 2, lastTransitionTime: "2026-01-02T12:00:00Z"}]
+addresses: [{host: a.example.com, value: 240.240.0.7}]
+observedGeneration: 2`
+	u := object(t, "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: out, namespace: shop}")
+	status, exclusive, differ := shapeServiceEntry.merge(u, st, true, noon)
+	if exclusive || !differ {
+		t.Errorf("exclusive %v, differ %v; want false, true", exclusive, differ)
+	}
+	sameYAML(t, "status", status, want)
+	u.Object["status"] = normal(status)
+	if _, _, differ := shapeServiceEntry.merge(u, st, true, noon); differ {
+		t.Error("what is written is written again")
+	}
+	st.HostAddresses = nil
+	status, _, differ = shapeServiceEntry.merge(u, st, true, noon)
+	if list, _ := status["addresses"].([]any); !differ || len(list) != 0 {
+		t.Errorf("addresses are %v, differ %v; want none, true", list, differ)
 	}
 }

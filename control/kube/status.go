@@ -29,11 +29,12 @@ const fieldManager = "weft-control"
 type statusShape int
 
 const (
-	shapeNone       statusShape = iota // it has none
-	shapeConditions                    // status.conditions
-	shapeGateway                       // status.conditions, addresses and listeners
-	shapeParents                       // status.parents, shared with other controllers
-	shapeAncestors                     // status.ancestors, the same
+	shapeNone         statusShape = iota // it has none
+	shapeConditions                      // status.conditions
+	shapeGateway                         // status.conditions, addresses and listeners
+	shapeServiceEntry                    // status.conditions, and addresses of hosts
+	shapeParents                         // status.parents, shared with other controllers
+	shapeAncestors                       // status.ancestors, the same
 )
 
 // A StatusWriter writes what compile says of each object into its status. Run
@@ -178,10 +179,18 @@ func (shape statusShape) merge(u *unstructured.Unstructured, st compile.Status, 
 			status, differ := mergeGateway(u, st, now)
 			return status, false, differ
 		}
-	case shapeConditions:
+	case shapeConditions, shapeServiceEntry:
 		if judged {
 			conditions, differ := mergeConditions(u, st, now)
 			status := map[string]any{"conditions": conditions}
+			if shape == shapeServiceEntry {
+				have, _, _ := unstructured.NestedSlice(u.Object, "status", "addresses")
+				given := []any{}
+				for _, a := range st.HostAddresses {
+					given = append(given, map[string]any{"host": string(a.Host), "value": a.Address.String()})
+				}
+				status["addresses"], differ = given, differ || !sameSet(have, given)
+			}
 			if u.GroupVersionKind().Group != "gateway.networking.k8s.io" {
 				status["observedGeneration"] = st.Generation
 			}
@@ -255,7 +264,7 @@ func conditions(have []any, want []compile.Condition, generation int64, now time
 
 // ours reports whether the conditions of a type are written here.
 func ours(typ string) bool {
-	return slices.Contains([]string{compile.ZtunnelAccepted, compile.WaypointAccepted, compile.Accepted, compile.ResolvedRefs, compile.Programmed, compile.PartiallyInvalid}, typ)
+	return slices.Contains([]string{compile.ZtunnelAccepted, compile.WaypointAccepted, compile.Accepted, compile.ResolvedRefs, compile.Programmed, compile.PartiallyInvalid, compile.WaypointBound}, typ)
 }
 
 // mergeConditions returns the object's conditions with ours put in, and
