@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc"
@@ -36,6 +37,8 @@ type exchange struct {
 func ask(ctx context.Context, args []string, out io.Writer) error {
 	fs := flag.NewFlagSet("ask", flag.ContinueOnError)
 	n := fs.Int("n", 1, "how many requests")
+	atOnce := fs.Int("c", 1, "how many of them at the same time")
+	brief := fs.Bool("brief", false, "leave the headers out")
 	method := fs.String("method", http.MethodGet, "method")
 	timeout := fs.Duration("timeout", 20*time.Second, "for one request")
 	h2c := fs.Bool("h2c", false, "speak HTTP/2 without TLS")
@@ -51,25 +54,41 @@ func ask(ctx context.Context, args []string, out io.Writer) error {
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
-	if fs.NArg() != 1 {
+	if fs.NArg() != 1 || *atOnce < 1 {
 		return errors.New("want one URL")
 	}
-	t := &http.Transport{Protocols: new(http.Protocols)}
+	t := &http.Transport{Protocols: new(http.Protocols), MaxIdleConnsPerHost: *atOnce}
 	t.Protocols.SetHTTP1(!*h2c)
 	t.Protocols.SetUnencryptedHTTP2(*h2c)
 	c := http.Client{Transport: t, Timeout: *timeout, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	left := make(chan struct{}, *n)
 	for range *n {
-		start := time.Now()
-		x, err := askOnce(ctx, &c, *method, fs.Arg(0), header)
-		x.MS = float64(time.Since(start).Microseconds()) / 1000
-		if err != nil {
-			x.Error = err.Error()
-		}
-		if err := json.NewEncoder(out).Encode(x); err != nil {
-			return err
-		}
+		left <- struct{}{}
 	}
-	return nil
+	close(left)
+	var mu sync.Mutex
+	var all sync.WaitGroup
+	var failed error // to write
+	for range *atOnce {
+		all.Go(func() {
+			for range left {
+				start := time.Now()
+				x, err := askOnce(ctx, &c, *method, fs.Arg(0), header)
+				x.MS = float64(time.Since(start).Microseconds()) / 1000
+				if err != nil {
+					x.Error = err.Error()
+				}
+				if *brief {
+					x.Header, x.Request = nil, nil
+				}
+				mu.Lock()
+				failed = errors.Join(failed, json.NewEncoder(out).Encode(x))
+				mu.Unlock()
+			}
+		})
+	}
+	all.Wait()
+	return failed
 }
 
 func askOnce(ctx context.Context, c *http.Client, method, url string, header http.Header) (exchange, error) {

@@ -43,6 +43,7 @@ func commands() map[string]command {
 		"hold":       {"hold -addr HOST:PORT [-for DURATION]: one connection, an echo every 50 ms", verb(holdOn)},
 		"load":       {"load -to ADDRESS,...: idle, long-lived, new and bulk connections at once, until the input ends", load},
 		"mixed":      {"mixed -to ADDRESS [-n N]: many connections of all kinds, held until the input ends", mixed},
+		"press":      {"press -to HOST:PORT [flags]: HTTP requests at a fixed rate on kept connections, until the input ends", pressOn},
 		"lookup":     {"lookup [flags] NAME...: resolve names", lookup},
 		"exec-probe": {"exec-probe [URL]: fails unless the URL answers 200", probe},
 		"sleep":      {"sleep [DURATION]: do nothing", sleep},
