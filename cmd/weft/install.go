@@ -22,7 +22,7 @@ const partOf = "app.kubernetes.io/part-of"
 
 func installCommand(to *target) *cobra.Command {
 	var s settings
-	var dryRun bool
+	var dryRun, gatewayAPI bool
 	var kubeVersion string
 	var wait time.Duration
 	c := &cobra.Command{
@@ -30,7 +30,11 @@ func installCommand(to *target) *cobra.Command {
 		Short: "Install Weft, or bring an installation to this version and these values",
 		Long: `Install renders the Helm chart that is part of this binary and applies it.
 It may be run again at any time: it changes what differs and keeps the rest,
-including the certificate authority and every captured pod.`,
+including the certificate authority and every captured pod.
+
+A cluster without the definitions of the Gateway API gets those of its standard
+channel, which waypoints need. Where there are some, they stay as they are;
+uninstall leaves them. They are not printed by --dry-run.`,
 		Example: `  weft install --image-registry registry.example.com/weft --image-tag v0.1.0
   weft install --image-registry registry.example.com/weft --set ztunnel.sameNode=direct
   weft install --image-registry registry.example.com/weft --dry-run | kubectl apply -f -`,
@@ -43,7 +47,7 @@ including the certificate authority and every captured pod.`,
 				}
 				return printAll(cmd.OutOrStdout(), r.all(to.namespace))
 			}
-			return install(cmd.Context(), cmd.OutOrStdout(), to, s, wait)
+			return install(cmd.Context(), cmd.OutOrStdout(), to, s, gatewayAPI, wait)
 		},
 	}
 	f := c.Flags()
@@ -52,6 +56,7 @@ including the certificate authority and every captured pod.`,
 	f.StringArrayVar(&s.sets, "set", nil, "set a value of the chart, key=value; may be repeated")
 	f.StringArrayVarP(&s.files, "values", "f", nil, "file with values of the chart; may be repeated")
 	f.BoolVar(&dryRun, "dry-run", false, "print what would be applied, and do not ask the cluster")
+	f.BoolVar(&gatewayAPI, "gateway-api", true, "install the definitions of the Gateway API if the cluster has none")
 	f.StringVar(&kubeVersion, "kube-version", "", "version of the cluster that --dry-run prints for (default "+newestKube+")")
 	f.DurationVar(&wait, "wait", 5*time.Minute, "longest wait until Weft is ready")
 	return c
@@ -71,7 +76,7 @@ func printAll(w io.Writer, list []*unstructured.Unstructured) error {
 	return nil
 }
 
-func install(ctx context.Context, out io.Writer, to *target, s settings, wait time.Duration) error {
+func install(ctx context.Context, out io.Writer, to *target, s settings, gatewayAPI bool, wait time.Duration) error {
 	k, err := to.connect(ctx)
 	if err != nil {
 		return err
@@ -90,6 +95,11 @@ func install(ctx context.Context, out io.Writer, to *target, s settings, wait ti
 	fmt.Fprintf(out, "Installing Weft %s in namespace %s of %s (Kubernetes %s)\n", version, to.namespace, k.host, server.GitVersion)
 	if err := k.installCRDs(ctx, out, r.crds); err != nil {
 		return err
+	}
+	if gatewayAPI {
+		if err := k.installGatewayAPI(ctx, out); err != nil {
+			return err
+		}
 	}
 	made, err := k.create(ctx, namespaceObject(to.namespace))
 	if err != nil {

@@ -27,7 +27,7 @@ func uninstallCommand(to *target) *cobra.Command {
 		Long: `Uninstall deletes the DaemonSet first and waits: each node's agent lets its
 pods go, so that their traffic is direct again, and restores the node's CNI
 configuration. Then it removes the rest. Pods are not restarted. Policies and
-their definitions stay unless --crds is given.`,
+their definitions stay unless --crds is given, those of the Gateway API always.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !yes && !confirm(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout(), to.namespace, crds) {
@@ -38,7 +38,7 @@ their definitions stay unless --crds is given.`,
 	}
 	f := c.Flags()
 	f.BoolVarP(&yes, "yes", "y", false, "do not ask")
-	f.BoolVar(&crds, "crds", false, "also delete the definitions of AuthorizationPolicy and PeerAuthentication, and with them every policy of the cluster")
+	f.BoolVar(&crds, "crds", false, "also delete the definitions of AuthorizationPolicy, PeerAuthentication, VirtualService, DestinationRule, ServiceEntry and WorkloadEntry, and with them every such object of the cluster")
 	f.DurationVar(&wait, "wait", 2*time.Minute, "longest wait for the nodes to let their pods go")
 	return c
 }
@@ -47,7 +47,7 @@ their definitions stay unless --crds is given.`,
 func confirm(ctx context.Context, in io.Reader, out io.Writer, namespace string, crds bool) bool {
 	what := "Weft"
 	if crds {
-		what = "Weft, and every AuthorizationPolicy and PeerAuthentication of the cluster"
+		what = "Weft, and every AuthorizationPolicy, PeerAuthentication, VirtualService, DestinationRule, ServiceEntry and WorkloadEntry of the cluster"
 	}
 	return ask(ctx, in, out, fmt.Sprintf("This removes %s from namespace %s. Traffic of meshed pods will be in clear. Type yes to go on: ", what, namespace))
 }

@@ -171,7 +171,7 @@ func (k *kube) applyWaypoint(ctx context.Context, out io.Writer, s waypointSpec,
 	old, err := k.dynamic.Resource(gateways()).Namespace(s.namespace).Get(ctx, s.name, metav1.GetOptions{})
 	switch {
 	case meta.IsNoMatchError(err) || apierrors.IsNotFound(err) && strings.Contains(err.Error(), "could not find the requested resource"):
-		return fmt.Errorf("the cluster does not know the Gateway API: install its resources, then run the command again: %w", err)
+		return fmt.Errorf("the cluster does not know the Gateway API: install its definitions (weft install does, unless it is told not to), then run the command again: %w", err)
 	case apierrors.IsNotFound(err):
 	case err != nil:
 		return fmt.Errorf("read Gateway %s/%s: %w", s.namespace, s.name, err)
