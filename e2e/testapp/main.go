@@ -41,6 +41,7 @@ func commands() map[string]command {
 		"banner":     {"banner -addr HOST:PORT: wait for the server to speak first", verb(bannerOnce)},
 		"connect":    {"connect -addr HOST:PORT: open a connection and close it", verb(connectOnce)},
 		"hold":       {"hold -addr HOST:PORT [-for DURATION]: one connection, an echo every 50 ms", verb(holdOn)},
+		"crowd":      {"crowd -addr HOST:PORT [-n N]: hold as many connections at once as are answered", crowd},
 		"load":       {"load -to ADDRESS,...: idle, long-lived, new and bulk connections at once, until the input ends", load},
 		"mixed":      {"mixed -to ADDRESS [-n N]: many connections of all kinds, held until the input ends", mixed},
 		"press":      {"press -to HOST:PORT [flags]: HTTP requests at a fixed rate on kept connections, until the input ends", pressOn},
