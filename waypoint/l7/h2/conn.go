@@ -7,8 +7,6 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/net/http2/hpack"
-
 	"github.com/weft-mesh/weft/internal/http2"
 )
 
@@ -87,9 +85,8 @@ type Conn struct {
 	window            http2.SendWindow
 	recv              http2.ReceiveWindow
 	nextID            uint32
-	enc               *hpack.Encoder
-	block             blockBuffer
-	names             interner
+	enc               encoder
+	block             []byte // the header block at hand
 	notes             []note
 	ready             []*Stream // have something queued that may go
 	out               []byte
@@ -123,8 +120,8 @@ func New(conn net.Conn, cfg Config) *Conn {
 		peer:    http2.DefaultPeer(),
 		recv:    http2.NewReceiveWindow(http2.InitialWindow),
 		nextID:  1,
+		enc:     newEncoder(),
 	}
-	c.enc = hpack.NewEncoder(&c.block)
 	c.window.Add(http2.InitialWindow)
 	if sc, ok := conn.(*net.TCPConn); ok {
 		c.raw, _ = sc.SyscallConn() // without it all writes are the writer's

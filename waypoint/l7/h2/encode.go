@@ -3,75 +3,37 @@ package h2
 import (
 	"strconv"
 
-	"golang.org/x/net/http2/hpack"
-
 	"github.com/weft-mesh/weft/waypoint/l7/msg"
 )
 
-// A blockBuffer takes an encoded header block.
-type blockBuffer []byte
-
-// Write appends. It never fails.
-func (b *blockBuffer) Write(p []byte) (int, error) {
-	*b = append(*b, p...)
-	return len(p), nil
-}
-
-// An interner turns bytes into strings that were made before: most names and
-// many values are the same in all messages of a connection, and the encoder
-// keeps them.
-type interner map[string]string
-
-const (
-	internEntries = 512
-	internLen     = 256
-)
-
-func (t *interner) text(b []byte) string {
-	if s, ok := (*t)[string(b)]; ok {
-		return s
-	}
-	s := string(b)
-	if len(b) <= internLen {
-		if *t == nil || len(*t) >= internEntries {
-			*t = make(interner, 64)
-		}
-		(*t)[s] = s
-	}
-	return s
-}
-
-// field encodes one field. The name is put in lower case.
-func (c *Conn) field(name string, value []byte, sensitive bool) {
-	_ = c.enc.WriteField(hpack.HeaderField{Name: name, Value: c.names.text(value), Sensitive: sensitive}) // a blockBuffer never fails
-}
-
 // encode makes the block of a head. The mutex is held.
 func (c *Conn) encode(h *msg.Head) {
-	c.block = c.block[:0]
+	e := &c.enc
+	b := e.begin(c.block[:0])
 	if h.Status != 0 {
-		var b [3]byte
-		c.field(":status", strconv.AppendInt(b[:0], int64(h.Status), 10), false)
+		var text [3]byte
+		b = e.status(b, strconv.AppendInt(text[:0], int64(h.Status), 10))
 	} else {
-		c.field(":method", h.Method, false)
+		b = e.method(b, h.Method)
 		if string(h.Method) != "CONNECT" {
-			c.field(":scheme", h.Scheme, false)
-			c.field(":path", h.Path, false)
+			b = e.scheme(b, h.Scheme)
+			b = e.field(b, []byte(":path"), h.Path, false)
 		}
 		if len(h.Authority) > 0 {
-			c.field(":authority", h.Authority, false)
+			b = e.field(b, []byte(":authority"), h.Authority, false)
 		}
 	}
+	c.block = b
 	c.encodeFields(h)
 	if h.Length >= 0 && h.Status/100 != 1 && h.Status != 204 {
-		var b [20]byte
-		c.field("content-length", strconv.AppendInt(b[:0], h.Length, 10), false)
+		var text [20]byte
+		c.block = e.field(c.block, []byte("content-length"), strconv.AppendInt(text[:0], h.Length, 10), false)
 	}
 }
 
 // encodeTrailers makes the block of trailers. The mutex is held.
 func (c *Conn) encodeTrailers(h *msg.Head) {
-	c.block = c.block[:0]
+	c.block = c.enc.begin(c.block[:0])
 	c.encodeFields(h)
 }
 
@@ -104,7 +66,7 @@ func (c *Conn) encodeFields(h *msg.Head) {
 		for k, b := range name {
 			name[k] = msg.Lower(b)
 		}
-		c.field(c.names.text(name), value, sensitive)
+		c.block = c.enc.field(c.block, name, value, sensitive)
 	}
 }
 

@@ -308,7 +308,7 @@ func (c *Conn) onSettings(f http2.Frame) error {
 			c.queue(s)
 		}
 	}
-	c.enc.SetMaxDynamicTableSize(min(c.peer.HeaderTable, http2.DefaultTableLen))
+	c.enc.resize(c.peer.HeaderTable)
 	c.out = http2.AppendSettingsAck(c.out)
 	return nil
 }
