@@ -19,11 +19,13 @@ type clock struct {
 	base time.Time
 
 	mu      sync.Mutex
-	watched map[*deadline]struct{} // guarded by mu
+	watched deadline // guarded by mu: a ring of those that are watched begins here
 }
 
 func newClock() *clock {
-	return &clock{base: time.Now(), watched: map[*deadline]struct{}{}}
+	c := &clock{base: time.Now()}
+	c.watched.next, c.watched.before = &c.watched, &c.watched
+	return c
 }
 
 // advance sets the clock and calls every deadline that has passed.
@@ -32,7 +34,7 @@ func (c *clock) advance() {
 	c.now.Store(now)
 	var due []*deadline
 	c.mu.Lock()
-	for d := range c.watched {
+	for d := c.watched.next; d != &c.watched; d = d.next {
 		if at := d.at.Load(); at != 0 && at <= now {
 			due = append(due, d)
 		}
@@ -48,13 +50,19 @@ func (c *clock) advance() {
 // watch makes the clock look at d until forget.
 func (c *clock) watch(d *deadline) {
 	c.mu.Lock()
-	c.watched[d] = struct{}{}
+	if d.next == nil {
+		d.next, d.before = &c.watched, c.watched.before
+		d.before.next, d.next.before = d, d
+	}
 	c.mu.Unlock()
 }
 
 func (c *clock) forget(d *deadline) {
 	c.mu.Lock()
-	delete(c.watched, d)
+	if d.next != nil {
+		d.before.next, d.next.before = d.next, d.before
+		d.next, d.before = nil, nil
+	}
 	c.mu.Unlock()
 }
 
@@ -63,6 +71,8 @@ type deadline struct {
 	clock  *clock
 	at     atomic.Int64 // 0 is none
 	passed func()       // called by the clock's goroutine; must not wait
+
+	next, before *deadline // guarded by clock.mu: in its ring, nil if it is not watched
 }
 
 // set lets the deadline pass after about d from now.

@@ -34,7 +34,12 @@ func (e *Engine) putExchange(x *Exchange) {
 // returns whether it can.
 func (e *Engine) exchange(x *Exchange, cl client, last bool) (keep bool) {
 	x.work.last = last || e.draining.Load()
-	switch e.request(x) {
+	return e.conclude(x, cl, e.request(x))
+}
+
+// conclude does what the filters have decided.
+func (e *Engine) conclude(x *Exchange, cl client, v Verdict) (keep bool) {
+	switch v {
 	case Continue:
 		keep = e.forward(x, cl)
 	case Close:
@@ -60,7 +65,16 @@ func (e *Engine) reject(x *Exchange, cl client, status int, flag Flags, details,
 // request decides on a request: it takes the View, and asks the filters. It
 // does not wait unless one of them Blocks.
 func (e *Engine) request(x *Exchange) Verdict {
-	x.Start = time.Now()
+	v := e.begin(x, time.Now())
+	if v == Continue {
+		v, _ = e.ask(x, true)
+	}
+	return v
+}
+
+// begin prepares a request for the filters.
+func (e *Engine) begin(x *Exchange, now time.Time) Verdict {
+	x.Start = now
 	x.View = e.cfg.Store.Load()
 	x.OriginalPath = x.Request.Path
 	x.Request.Scheme = schemeHTTP
@@ -77,16 +91,26 @@ func (e *Engine) request(x *Exchange) Verdict {
 		return x.Answer(400, "", FlagDownstreamProtocol, "path_normalization_failed")
 	}
 	x.Request.Path = path
-	for i, f := range e.filters {
+	return Continue
+}
+
+// ask asks the filters, from the first that was not asked yet. If they may not
+// wait it stops before one that Blocks, and reports that not all have decided.
+func (e *Engine) ask(x *Exchange, wait bool) (v Verdict, decided bool) {
+	for i := x.work.reached; i < len(e.filters); i++ {
+		f := e.filters[i]
+		if b, ok := f.(Blocker); ok && !wait && b.Blocks(x) {
+			return Refuse, false
+		}
 		x.work.reached = i + 1
 		if v := f.OnRequest(x); v != Continue {
 			if v == Refuse {
 				x.Answer(500, "", 0, "filter_refused")
 			}
-			return v
+			return v, true
 		}
 	}
-	return Continue
+	return Continue, true
 }
 
 // respond lets the filters see the response's head before it goes out.
@@ -97,9 +121,12 @@ func (e *Engine) respond(x *Exchange) {
 }
 
 // end lets the filters see how it went.
-func (e *Engine) end(x *Exchange) {
+func (e *Engine) end(x *Exchange) { e.endAt(x, time.Now()) }
+
+// endAt is end for who knows the time.
+func (e *Engine) endAt(x *Exchange, now time.Time) {
 	x.work.settle()
-	x.End = time.Now()
+	x.End = now
 	for _, f := range e.filters {
 		f.OnEnd(x)
 	}
@@ -135,16 +162,28 @@ func (e *Engine) forward(x *Exchange, cl client) (keep bool) {
 	}
 	defer breaker.Release(balance.Requests)
 	x.work.beginRoute(x, time.Duration(x.Matched.Rule.Spec.Timeout))
-	retrying := false
+	return e.tries(x, cl, nil, false)
+}
+
+// tries sends a request until there is an answer, and passes that on. f is how
+// a try has failed that was made already, nil if there was none. retrying says
+// that the breaker has let in another one.
+func (e *Engine) tries(x *Exchange, cl client, f *tryError, retrying bool) (keep bool) {
+	breaker := &x.cluster.group.Breaker
 	defer func() {
 		if retrying {
 			breaker.Release(balance.Retries)
 		}
 	}()
 	for {
-		c, f := e.try(x, cl)
+		var c call
 		if f == nil {
-			return e.reply(x, cl, c)
+			if f = e.rewind(x, cl); f != nil {
+				return e.failed(x, cl, f)
+			}
+			if c, f = e.try(x, cl); f == nil {
+				return e.reply(x, cl, c)
+			}
 		}
 		again := e.again(x, f)
 		if again && !retrying {
@@ -165,7 +204,20 @@ func (e *Engine) forward(x *Exchange, cl client) (keep bool) {
 		if !e.pause(x) {
 			return e.failed(x, cl, e.interrupted(x, f))
 		}
+		f = nil
 	}
+}
+
+// rewind makes the body ready once more, from its begin, if the first try was
+// made without ready.
+func (e *Engine) rewind(x *Exchange, cl client) *tryError {
+	w := &x.work
+	if !w.rewound {
+		return nil
+	}
+	w.rewound = false
+	x.RequestBytes, x.RequestMessages = 0, 0
+	return e.ready(x, cl)
 }
 
 // again decides whether a failed try is followed by another.

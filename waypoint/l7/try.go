@@ -268,6 +268,10 @@ func (e *Engine) endCall(x *Exchange, c call, o balance.Outcome, whole bool) {
 
 // pick chooses the endpoint for the next try.
 func (e *Engine) pick(x *Exchange) (*Endpoint, *tryError) {
+	if ep := x.work.picked; ep != nil {
+		x.work.picked = nil
+		return ep, nil
+	}
 	if b := x.Drawn; b != nil && b.Spec.Unroutable != "" {
 		return nil, &tryError{kind: failedNoCluster, cause: errors.New(b.Spec.Unroutable)}
 	}

@@ -16,6 +16,8 @@ type work struct {
 	replied atomic.Bool // the response's head was given to the client
 	last    bool        // the client's connection is not to carry another exchange
 
+	picked  *Endpoint           // was chosen before the try began
+	rewound bool                // what of the body the first try has sent is there again
 	tried   []*balance.Endpoint // that failed
 	piece   []byte              // the body, or what of it had come when the first try began
 	whole   bool                // piece is all of it, but for the trailer
@@ -52,6 +54,7 @@ const (
 func (w *work) reset() {
 	clear(w.tried)
 	w.reached, w.last, w.tried = 0, false, w.tried[:0]
+	w.picked, w.rewound = nil, false
 	w.replied.Store(false)
 	w.piece, w.whole, w.trailer, w.keptLen, w.lost, w.upload = nil, false, nil, 0, false, nil
 	if w.kept != nil {
