@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -80,17 +81,34 @@ func (e *Engine) Run(ctx context.Context) error {
 // Unread returns how many bytes applications have not read.
 func (e *Engine) Unread() int64 { return e.unread.Load() }
 
-// pick returns the loop for a new tunnel.
+// pick returns the loop for a new tunnel: each in its turn, but those that do
+// not keep up only if no loop does.
 func (e *Engine) pick() *eventLoop {
-	return e.loops[int(e.next.Add(1)-1)%len(e.loops)]
+	turn := int(e.next.Add(1) - 1)
+	if l := e.rested(turn, nil); l != nil {
+		return l
+	}
+	return e.loops[turn%len(e.loops)]
+}
+
+// rested returns the first loop from turn on that keeps up and has none of some
+// tunnels, or nil.
+func (e *Engine) rested(turn int, without []*tunnel) *eventLoop {
+	for i := range e.loops {
+		l := e.loops[(turn+i)%len(e.loops)]
+		if !l.saturated() && !slices.ContainsFunc(without, func(t *tunnel) bool { return t.loop == l }) {
+			return l
+		}
+	}
+	return nil
 }
 
 // newTunnel takes a secured connection from Go's poller to a loop. over of h is
 // called once for it, unless newTunnel fails. With idle above 0 it ends when it
 // is unused for so long.
-func (e *Engine) newTunnel(c *net.TCPConn, s hbone.Secured, client bool, idle time.Duration, h host) (*tunnel, error) {
+func (l *eventLoop) newTunnel(c *net.TCPConn, s hbone.Secured, client bool, idle time.Duration, h host) (*tunnel, error) {
 	t := &tunnel{
-		loop: e.pick(), host: h, peer: s.Peer, client: client, idle: idle, proof: s.Ends,
+		loop: l, host: h, peer: s.Peer, client: client, idle: idle, proof: s.Ends,
 		remote: addrPort(c.RemoteAddr()), local: addrPort(c.LocalAddr()),
 		conns: make(map[uint32]*Conn),
 	}
@@ -105,7 +123,7 @@ func (e *Engine) newTunnel(c *net.TCPConn, s hbone.Secured, client bool, idle ti
 	t.fd = int32(fd)
 	seal, open, unread := s.Conn.Detach()
 	t.seal, t.open = seal, open
-	if !t.loop.post(work{kind: workTunnel, tunnel: t, unread: unread}) {
+	if !l.post(work{kind: workTunnel, tunnel: t, unread: unread}) {
 		t.discard()
 		return nil, errStopped
 	}

@@ -34,6 +34,14 @@ const (
 	sweepPause = 50 * time.Millisecond
 	// flushPatience is how long a peer may take to read our last words.
 	flushPatience = time.Second
+	// tired is how many batches in a row, one directly after the other, say that
+	// a loop does not keep up with its work, and restful how many of them one
+	// sleep makes up for: so it is about 8/9 of a processor for some tens of
+	// milliseconds.
+	tired   = 1024
+	restful = 8
+	// forgetful is how long after a batch its loop is as good as new.
+	forgetful = time.Second
 	// fairShare is what a connection may have unread also when the node has too
 	// much.
 	fairShare = 64 << 10
@@ -69,6 +77,9 @@ type eventLoop struct {
 	sealed []byte // to be sent
 	iov    []unix.Iovec
 	store  store
+
+	sleepless int         // batches without a sleep between them, less what sleep made up for
+	busy      atomic.Bool // sleepless has reached tired, and is still above half of it
 
 	sleeping atomic.Bool // it waits, or is about to
 	pending  atomic.Bool // inbox has something
@@ -155,7 +166,7 @@ func (l *eventLoop) run() {
 	evs := make([]unix.EpollEvent, 256)
 	for !l.stopping {
 		n := l.wait(evs)
-		l.now = time.Now()
+		l.tell(time.Now())
 		for i := range evs[:n] {
 			l.event(&evs[i])
 		}
@@ -184,8 +195,10 @@ func (l *eventLoop) run() {
 func (l *eventLoop) wait(evs []unix.EpollEvent) int {
 	n := poll(l.ep, evs)
 	if n > 0 || len(l.again) > 0 || len(l.againTunnels) > 0 || l.pending.Load() {
+		l.hurry()
 		return n
 	}
+	l.rest()
 	timeout := -1
 	if !l.sweepAt.IsZero() {
 		timeout = int(max(0, time.Until(l.sweepAt)+time.Millisecond-1) / time.Millisecond)
@@ -201,6 +214,41 @@ func (l *eventLoop) wait(evs []unix.EpollEvent) int {
 	}
 	return n
 }
+
+// tell sets the time of a batch. What kept the loop busy long before it is
+// forgotten.
+func (l *eventLoop) tell(now time.Time) {
+	if l.sleepless > 0 && now.Sub(l.now) >= forgetful {
+		l.sleepless = 0
+		l.busy.Store(false)
+	}
+	l.now = now
+}
+
+// hurry notes that a batch follows another without a sleep.
+func (l *eventLoop) hurry() {
+	if l.sleepless < tired {
+		if l.sleepless++; l.sleepless == tired {
+			l.busy.Store(true)
+		}
+	}
+}
+
+// rest notes that the loop has nothing to do.
+func (l *eventLoop) rest() {
+	if l.sleepless == 0 {
+		return
+	}
+	above := l.sleepless > tired/2
+	l.sleepless = max(0, l.sleepless-restful)
+	if above && l.sleepless <= tired/2 {
+		l.busy.Store(false)
+	}
+}
+
+// saturated reports whether the loop does not keep up with its work, and would
+// be better off without more of it. Anybody may ask.
+func (l *eventLoop) saturated() bool { return l.busy.Load() && !l.sleeping.Load() }
 
 func (l *eventLoop) event(ev *unix.EpollEvent) {
 	switch ev.Pad {

@@ -97,6 +97,7 @@ type entry struct {
 	target  hbone.Target
 	tunnels []*tunnel // the oldest first
 	dial    *dial     // under way
+	narrow  bool      // the peer would not have one more tunnel
 }
 
 // dial is the one attempt of many waiters.
@@ -198,6 +199,9 @@ func (p *Pool) send(ctx context.Context, c *Conn) error {
 			p.entries[op.key] = e
 		}
 		if t := e.withRoom(); t != nil {
+			if l := e.another(t); l != nil {
+				p.startDial(ctx, op.target, e, l) // for those that come after
+			}
 			t.load.Add(1)
 			c.loop.Store(t.loop)
 			p.wg.Add(1)
@@ -212,7 +216,7 @@ func (p *Pool) send(ctx context.Context, c *Conn) error {
 			return nil
 		}
 		if e.dial == nil {
-			p.startDial(ctx, op.target, e)
+			p.startDial(ctx, op.target, e, nil)
 		}
 		d := e.dial
 		p.mu.Unlock()
@@ -253,19 +257,38 @@ func (t *tunnel) useless() error {
 	return nil
 }
 
-// withRoom returns the oldest tunnel that would take a connection now, or nil.
+// withRoom returns the oldest tunnel that would take a connection now and whose
+// loop keeps up, so that those made in a rush fall out of use when it is over.
+// If none of their loops does, it is the one with the fewest connections. It is
+// nil if none has room.
 func (e *entry) withRoom() *tunnel {
+	var least *tunnel
 	for _, t := range e.tunnels {
-		if !t.gone.Load() && t.load.Load() < t.room.Load() {
+		switch load := t.load.Load(); {
+		case t.gone.Load() || load >= t.room.Load():
+		case !t.loop.saturated():
 			return t
+		case least == nil || load < least.load.Load():
+			least = t
 		}
 	}
-	return nil
+	return least
 }
 
-// startDial makes a tunnel for all who wait for one. It goes on when ctx ends:
-// others may be waiting. The caller holds p.mu.
-func (p *Pool) startDial(ctx context.Context, t hbone.Target, e *entry) {
+// another returns the loop for one more tunnel to the peer, beside t, which
+// withRoom has chosen: nil while loops keep up, or if no other does. A peer has
+// one tunnel on each loop at the most for this.
+func (e *entry) another(t *tunnel) *eventLoop {
+	if e.narrow || e.dial != nil || !t.loop.saturated() || t.load.Load() == 0 {
+		return nil
+	}
+	return e.pool.engine.rested(int(e.pool.engine.next.Add(1)-1), e.tunnels)
+}
+
+// startDial makes a tunnel for all who wait for one, on a loop, or on any if
+// that is nil. It goes on when ctx ends: others may be waiting. The caller holds
+// p.mu.
+func (p *Pool) startDial(ctx context.Context, t hbone.Target, e *entry, on *eventLoop) {
 	d := &dial{done: make(chan struct{})}
 	// The values of the first waiter's ctx, but the life of the pool.
 	dctx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
@@ -284,15 +307,19 @@ func (p *Pool) startDial(ctx context.Context, t hbone.Target, e *entry) {
 		}
 		if err == nil {
 			p.wg.Add(1)
+			l := on
+			if l == nil {
+				l = p.engine.pick()
+			}
 			var made *tunnel
-			if made, err = p.engine.newTunnel(c, secured, true, p.cfg.IdleTimeout, e); err == nil {
+			if made, err = l.newTunnel(c, secured, true, p.cfg.IdleTimeout, e); err == nil {
 				e.tunnels = append(e.tunnels, made)
 				d.made = made
 			} else {
 				p.wg.Done()
 			}
 		}
-		e.dial = nil
+		e.dial, e.narrow = nil, e.narrow || on != nil && err != nil
 		p.forget(e)
 		d.err = err
 		close(d.done)

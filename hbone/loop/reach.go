@@ -35,7 +35,7 @@ func (p *Pool) reach(ctx context.Context, t hbone.Target) error {
 		return nil
 	}
 	if e.dial == nil {
-		p.startDial(ctx, t, e)
+		p.startDial(ctx, t, e, nil)
 	}
 	d := e.dial
 	p.mu.Unlock()

@@ -68,7 +68,7 @@ func (s *Server) Serve(ctx context.Context, c *net.TCPConn) error {
 		return fmt.Errorf("serve tunnel: %w", s.aborted)
 	}
 	s.work.Add(1)
-	t, err := s.engine.newTunnel(c, secured, false, 0, s)
+	t, err := s.engine.pick().newTunnel(c, secured, false, 0, s)
 	if err != nil {
 		s.work.Done()
 		return fmt.Errorf("serve tunnel: %w", err)
