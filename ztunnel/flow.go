@@ -63,8 +63,9 @@ type flow struct {
 
 // plainFlow is what a flow without a tunnel has besides.
 type plainFlow struct {
-	stats *relay.Stats // Sent is what the client sent
-	ends  []net.Conn   // guarded by flow.mu
+	stats  *relay.Stats // Sent is what the client sent
+	ends   []net.Conn   // guarded by flow.mu
+	looked atomic.Bool  // the application's keepalive was looked at
 }
 
 // An endpoint is a netip.AddrPort in 19 bytes, without a zone. The zero

@@ -33,6 +33,9 @@ type outlet interface {
 	// fresh answer costs a question to the kernel. It fails when that cannot
 	// be known.
 	Holds(a netip.Addr, fresh bool) (bool, error)
+	// KeepAlive says when a socket of the namespace will probe its peer, as
+	// netns.NS.KeepAlive does.
+	KeepAlive(local, remote netip.AddrPort) (time.Duration, error)
 	Close() error
 }
 

@@ -152,14 +152,6 @@ func (q *pod) accept(l *net.TCPListener, serve func(*net.TCPConn)) {
 	}
 }
 
-// tune sets the options that every connection has, as other implementations
-// of the tunnel do.
-func tune(c *net.TCPConn) error {
-	return errors.Join(c.SetNoDelay(true), c.SetKeepAliveConfig(net.KeepAliveConfig{
-		Enable: true, Idle: 180 * time.Second, Interval: 180 * time.Second, Count: 9,
-	}))
-}
-
 // serveHBONE takes one tunnel into the mesh, and gives it to an event loop. Why
 // one fails is not worth more than a line for who looks closer: anybody can make
 // them fail.

@@ -419,7 +419,8 @@ func (p *Proxy) podAt(a netip.Addr) *pod {
 	return nil
 }
 
-// countBytes keeps the byte metrics of long connections current.
+// countBytes keeps the byte metrics of long connections current, and their
+// keepalive.
 func (p *Proxy) countBytes(ctx context.Context) error {
 	tick := time.NewTicker(countPause)
 	defer tick.Stop()
@@ -429,8 +430,10 @@ func (p *Proxy) countBytes(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
+		now := time.Now()
 		for _, f := range p.flows.all() {
 			p.telemetry.progress(f)
+			f.adoptKeepAlive(now)
 		}
 	}
 }

@@ -166,6 +166,8 @@ type fakeOutlet struct {
 	mu   sync.Mutex
 	to   map[netip.AddrPort]netip.AddrPort // where a target really is
 	seen []netip.AddrPort                  // targets that were dialed
+	// probes are when sockets of the pod probe, by local and remote address.
+	probes map[[2]netip.AddrPort]time.Duration
 }
 
 func (o *fakeOutlet) Dial(ctx context.Context, network string, _, remote netip.AddrPort, _ func(int) error) (*net.TCPConn, error) {
@@ -203,6 +205,11 @@ func enterWith(p *testPod) func(handoff.Files) (outlet, error) {
 
 func (o *fakeOutlet) Holds(a netip.Addr, _ bool) (bool, error) { return a == o.addr, nil }
 func (o *fakeOutlet) Close() error                             { return nil }
+func (o *fakeOutlet) KeepAlive(local, remote netip.AddrPort) (time.Duration, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.probes[[2]netip.AddrPort{local, remote}], nil
+}
 
 // entry makes the listeners of a pod at addr.
 func (w *world) entry(name string, addr netip.Addr) (handoff.Entry, *testPod) {
