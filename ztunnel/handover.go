@@ -112,7 +112,7 @@ func (p *Proxy) handOver(heir Heir) {
 	}
 	start := time.Now()
 	declined := make(map[*pod]bool)
-	var tunnels, conns int
+	var all gifts
 	var err error
 	for {
 		// What arrives becomes a tunnel or a flow, so it is given in a turn
@@ -120,9 +120,7 @@ func (p *Proxy) handOver(heir Heir) {
 		settled := p.arriving.Load() == 0
 		for _, q := range pods {
 			if err == nil && !declined[q] {
-				var t, c int
-				t, c, declined[q], err = q.handOver(heir)
-				tunnels, conns = tunnels+t, conns+c
+				declined[q], err = q.handOver(heir, &all)
 			}
 		}
 		if err != nil || settled && p.flows.tunnelled(declined) == 0 || time.Since(start) > handoverTime {
@@ -136,7 +134,8 @@ func (p *Proxy) handOver(heir Heir) {
 	if err != nil {
 		p.cfg.Log.Error("connections were not handed over: they drain", "error", err)
 	}
-	p.cfg.Log.Info("handed over", "tunnels", tunnels, "connections", conns, "left", len(p.flows.all()), "took", time.Since(start))
+	p.cfg.Log.Info("handed over", "tunnels", all.tunnels, "connections", all.conns, "left", len(p.flows.all()), "took", time.Since(start),
+		"slowest_conns", all.slowest.conns, "slowest_freeze", all.slowest.freeze, "slowest_pack", all.slowest.pack, "slowest_give", all.slowest.give)
 }
 
 // tunnelled returns how many flows event loops carry, or will, but for those of
@@ -153,15 +152,15 @@ func (r *registry) tunnelled(without map[*pod]bool) int {
 	return n
 }
 
-// handOver gives the pod's tunnels to heir. declined says that it does not want
-// one of them, and an error that it takes no more.
-func (q *pod) handOver(heir Heir) (tunnels, conns int, declined bool, err error) {
+// handOver gives the pod's tunnels to heir, and notes them in all. declined says
+// that it does not want one of them, and an error that it takes no more.
+func (q *pod) handOver(heir Heir, all *gifts) (declined bool, err error) {
 	movers := append(q.server.Movers(), q.proxy.pool.Movers(q.owner)...)
 	for i, m := range movers {
-		n, err := q.give(heir, m)
+		g, err := q.give(heir, m)
 		switch {
 		case err == nil:
-			tunnels, conns = tunnels+1, conns+n
+			all.add(g)
 		case errors.Is(err, handover.ErrDeclined):
 			declined = true
 			q.proxy.cfg.Log.Warn("a tunnel stays here, and drains", "pod", q.info.Load().Name, "error", err)
@@ -170,33 +169,36 @@ func (q *pod) handOver(heir Heir) (tunnels, conns int, declined bool, err error)
 			for _, rest := range movers[i:] {
 				rest.Keep()
 			}
-			return tunnels, conns, declined, err
+			return declined, err
 		}
 	}
-	return tunnels, conns, declined, nil
+	return declined, nil
 }
 
 // give gives one tunnel to heir, with its connections.
-func (q *pod) give(heir Heir, m loop.Mover) (conns int, err error) {
+func (q *pod) give(heir Heir, m loop.Mover) (gift, error) {
 	since := time.Now()
 	frozen, err := m.Freeze()
 	if err != nil {
-		return 0, err
+		return gift{}, err
 	}
+	g := gift{conns: len(frozen.Owners), freeze: time.Since(since)}
 	part := movedTunnel{pod: q.info.Load().UID, id: q.id, frozen: since.UnixNano(), tunnel: frozen.State}
 	for _, o := range frozen.Owners {
 		part.flows = append(part.flows, o.(*flow).handed())
 	}
 	text := pack.Write(part.pack)
 	frozen.State.Wipe()
+	g.pack = time.Since(since) - g.freeze
 	err = heir.Give(text, frozen.Files)
 	clear(text)
 	if err != nil {
 		frozen.Thaw()
-		return 0, err
+		return gift{}, err
 	}
+	g.give = time.Since(since) - g.freeze - g.pack
 	frozen.Release()
-	return len(part.flows), nil
+	return g, nil
 }
 
 // Take prepares a tunnel of the proxy's predecessor. It implements
@@ -205,8 +207,10 @@ func (p *Proxy) Take(version uint32, text []byte, files []int) (goOn, keep func(
 	if version != PartVersion {
 		return nil, nil, fmt.Errorf("a part of version %d, want %d", version, PartVersion)
 	}
+	start := time.Now()
 	var part movedTunnel
 	err = pack.Read(text, part.pack)
+	got := pause{conns: len(part.flows), read: time.Since(start)}
 	defer part.tunnel.Wipe()
 	if err != nil {
 		return nil, nil, err
@@ -225,11 +229,12 @@ func (p *Proxy) Take(version uint32, text []byte, files []int) (goOn, keep func(
 	case q.id != part.id:
 		return nil, nil, fmt.Errorf("pod %s is %v here, and was %v", part.pod, q.id, part.id)
 	}
-	return q.take(&part, files)
+	return q.take(&part, files, got)
 }
 
 // take prepares a tunnel that was another process's. proxy.mu is held.
-func (q *pod) take(part *movedTunnel, files []int) (goOn, keep func(), err error) {
+func (q *pod) take(part *movedTunnel, files []int, got pause) (goOn, keep func(), err error) {
+	start := time.Now()
 	server := !part.tunnel.Open.Client
 	flows := make([]*flow, len(part.flows))
 	places := make([]loop.Place, len(part.flows))
@@ -259,10 +264,14 @@ func (q *pod) take(part *movedTunnel, files []int) (goOn, keep func(), err error
 		}
 	}
 	q.conns.Add(1) // so that the pod is not closed before the tunnel is somebody's
+	got.resume = time.Since(start)
 	goOn = func() {
 		defer q.conns.Done()
+		start := time.Now()
 		a.Go()
-		q.proxy.paused(time.Since(time.Unix(0, part.frozen)))
+		got.begin = time.Since(start)
+		got.whole = time.Since(time.Unix(0, part.frozen))
+		q.proxy.paused(got)
 		q.proxy.recheckFlows(flows)
 	}
 	keep = func() {
@@ -270,22 +279,6 @@ func (q *pod) take(part *movedTunnel, files []int) (goOn, keep func(), err error
 		a.Discard()
 	}
 	return goOn, keep, nil
-}
-
-// paused notes how long a tunnel stood still that was taken over.
-func (p *Proxy) paused(d time.Duration) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.longest = max(p.longest, d)
-}
-
-// LongestPause returns how long the connections that were taken over stood
-// still at the most, from when their former process stopped to carry them until
-// this one began.
-func (p *Proxy) LongestPause() time.Duration {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.longest
 }
 
 // takeFlow returns a flow that was another process's. What the View does not

@@ -119,7 +119,8 @@ type Proxy struct {
 	owners  map[string]*pod // by owner: those and the ones that drain
 	born    uint64          // number of pods ever added
 	active  bool            // connections are accepted
-	longest time.Duration   // pause of a tunnel that was taken over
+	longest pause           // of a tunnel that was taken over
+	pauses  []pause         // of those that were
 	stopped bool
 }
 

@@ -97,7 +97,7 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 	})
 	turn.synced = agent.Synced()
 	after = newSuccession(&succession{
-		path: c.handoverPath, instance: c.instance(), standby: c.standby, proxy: proxy, pause: proxy.LongestPause, activated: turn.activated, log: log,
+		path: c.handoverPath, instance: c.instance(), standby: c.standby, proxy: proxy, tookOver: proxy.TookOver, activated: turn.activated, log: log,
 		warm: func(ctx context.Context) error { return warm(ctx, client, agent, proxy) },
 	})
 	pages := pages{proxy: proxy, store: store, level: level, ready: func() error { return ready(client, agent, roots) }}

@@ -24,7 +24,7 @@ type succession struct {
 	standby   bool
 	proxy     handover.Taker
 	warm      func(ctx context.Context) error // returns when this ztunnel could take over
-	pause     func() time.Duration            // the longest of a tunnel that was taken over
+	tookOver  func() []any                    // what the log says of tunnels that were taken over
 	activated <-chan struct{}
 	log       *slog.Logger
 	server    *handover.Server
@@ -113,7 +113,7 @@ func (s *succession) inherit(ctx context.Context) bool {
 		case ctx.Err() != nil:
 			return false
 		case err == nil:
-			s.log.Info("took over", "tunnels", parts, "longest_pause", s.pause())
+			s.log.Info("took over", append([]any{"tunnels", parts}, s.tookOver()...)...)
 		case !nobody && fmt.Sprint(err) != last:
 			last = fmt.Sprint(err)
 			s.log.Info("the ztunnel before this one has ended, or cannot hand over", "error", err)

@@ -1,0 +1,40 @@
+package ztunnel
+
+import (
+	"bytes"
+	"log/slog"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestPausesInTheLog: what the person on call reads after a rollout, and tests
+// on a cluster do too.
+func TestPausesInTheLog(t *testing.T) {
+	var p Proxy
+	p.paused(pause{conns: 2, whole: 1500 * time.Microsecond, read: time.Microsecond})
+	p.paused(pause{conns: 3, whole: 2 * time.Millisecond, read: 4 * time.Microsecond, resume: 5 * time.Microsecond, begin: 6 * time.Microsecond})
+	p.paused(pause{whole: time.Millisecond})
+	var b bytes.Buffer
+	log := slog.New(slog.NewTextHandler(&b, nil))
+	log.Info("took over", p.TookOver()...)
+	want := "connections=5 pauses=2@1.5ms,3@2ms,0@1ms slowest_read=4µs slowest_resume=5µs slowest_go=6µs longest_pause=2ms"
+	if !strings.Contains(b.String(), want) {
+		t.Errorf("the log says %s, want %s", b.String(), want)
+	}
+	b.Reset()
+	for range 2 * maxPauses {
+		p.paused(pause{conns: 1, whole: time.Second})
+	}
+	log.Info("took over", p.TookOver()...)
+	if n := strings.Count(b.String(), "1@1s"); n != maxPauses || strings.Contains(b.String(), "2@1.5ms") {
+		t.Errorf("%d tunnels of another takeover, want %d and none of the first", n, maxPauses)
+	}
+
+	var gs gifts
+	gs.add(gift{conns: 7, freeze: 1, pack: 2, give: 3})
+	gs.add(gift{conns: 8, freeze: 4})
+	if gs.tunnels != 2 || gs.conns != 15 || gs.slowest.conns != 7 {
+		t.Errorf("what was handed over is %+v", gs)
+	}
+}
