@@ -1,5 +1,5 @@
 // Package loop carries TCP connections through HBONE tunnels from event loops:
-// a few threads, each with its own epoll, and no goroutine for a connection.
+// a few goroutines, each with its own epoll, and no goroutine for a connection.
 //
 // A tunnel and all the connections in it belong to one loop, which alone reads
 // and writes their sockets and their state, so there are no locks between them.

@@ -18,7 +18,7 @@ import (
 
 // A Config says how an Engine works. Every zero field means its default.
 type Config struct {
-	// Loops is how many threads carry connections: a quarter of GOMAXPROCS, and
+	// Loops is how many goroutines carry connections: a quarter of GOMAXPROCS, and
 	// at least one. There should be more processors than loops.
 	Loops int
 	// MaxUnread bounds the bytes that applications have not read, of all
