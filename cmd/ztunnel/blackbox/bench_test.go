@@ -29,7 +29,9 @@ const (
 // TestBenchmarkTunnel compares the CPU time of both nodes' proxies for the same
 // load between the same pods. Each round measures all of them next to each
 // other; ratios are the medians of the rounds' ratios. It runs when WEFT_BENCH
-// names the file for its figures; WEFT_BENCH_ROUNDS is how many rounds.
+// names the file for its figures; WEFT_BENCH_ROUNDS is how many rounds,
+// WEFT_BENCH_CASES and WEFT_BENCH_PEERS choose some, with commas between their
+// names, and WEFT_BENCH_BEFORE is another ztunnel to compare with.
 func TestBenchmarkTunnel(t *testing.T) {
 	bench.Play()
 	if err := playPeer(); err != nil {
@@ -49,12 +51,20 @@ func TestBenchmarkTunnel(t *testing.T) {
 		}
 	}
 	b := &board{figures: map[string]float64{"tunnel.aes_bound.cpu_ns_per_byte": aesBound()}}
-	s.idle(t, b) // first: later there is memory that waits to be used again
-	for _, c := range cases {
-		s.compare(t, b, c, rounds)
+	if chosen("WEFT_BENCH_CASES", "idle") {
+		s.idle(t, b) // first: later there is memory that waits to be used again
 	}
-	s.allocs(t, b)
-	s.handshakes(t, b)
+	for _, c := range cases {
+		if chosen("WEFT_BENCH_CASES", c.key) {
+			s.compare(t, b, c, rounds)
+		}
+	}
+	if chosen("WEFT_BENCH_CASES", "allocs") {
+		s.allocs(t, b)
+	}
+	if chosen("WEFT_BENCH_CASES", "handshake") {
+		s.handshakes(t, b)
+	}
 	plot, err := os.Create(filepath.Join(filepath.Dir(out), "bench.svg"))
 	if err != nil {
 		t.Fatal(err)
@@ -65,6 +75,12 @@ func TestBenchmarkTunnel(t *testing.T) {
 		t.Fatal(err)
 	}
 	fmt.Printf("AES-128-GCM of Go, seal and open: %s ns of CPU a byte\n", bench.Number(b.figures["tunnel.aes_bound.cpu_ns_per_byte"]))
+}
+
+// chosen reports whether an environment variable names what, or nothing at all.
+func chosen(variable, what string) bool {
+	v := os.Getenv(variable)
+	return v == "" || slices.Contains(strings.Split(v, ","), what)
 }
 
 // board collects what was found.
@@ -97,7 +113,17 @@ func newStage(t *testing.T) *stage {
 		{name: "direct", echo: s.nearApps[0], sink: s.nearApps[1], client: s.process(t, "client", nil, s.bareClient)},
 		{name: "weft", echo: s.apps[0], sink: s.apps[1], client: s.process(t, "client", nil, s.client), proxies: []*bench.Process{s.one.Process, s.two.Process}},
 	}
+	if path := os.Getenv("WEFT_BENCH_BEFORE"); path != "" {
+		old := newStreetOf(t, path, 0)
+		s.all = append(s.all, &contender{
+			name: "before", echo: old.apps[0], sink: old.apps[1], client: s.process(t, "client", nil, old.client),
+			proxies: []*bench.Process{old.one.Process, old.two.Process},
+		})
+	}
 	for i, k := range peerKinds {
+		if !chosen("WEFT_BENCH_PEERS", k.name) {
+			continue
+		}
 		port := uint16(8000 + 10*i)
 		in, inner := netip.MustParseAddr("127.0.0.1"), s.bareServer.V4
 		front, back := s.keys, s.keys

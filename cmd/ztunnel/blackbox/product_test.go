@@ -286,6 +286,12 @@ func newStreet(t *testing.T) *street { return newWideStreet(t, 0) }
 // newWideStreet is newStreet with more pairs of captured pods.
 func newWideStreet(t *testing.T, more int) *street {
 	t.Helper()
+	return newStreetOf(t, program(t), more)
+}
+
+// newStreetOf is newWideStreet with the ztunnel at path.
+func newStreetOf(t *testing.T, path string, more int) *street {
+	t.Helper()
 	w := testnet.New(t)
 	one, two := w.Node("one"), w.Node("two")
 	s := &street{
@@ -306,7 +312,7 @@ func newWideStreet(t *testing.T, more int) *street {
 		p.Sysctl("net/ipv4/ip_local_port_range", "16384 60999")
 	}
 	c := newControl(t, s.ca, resources(captured...))
-	path, bpffs := program(t), testnet.BPFFS(t)
+	bpffs := testnet.BPFFS(t)
 	s.one, s.two = newProduct(t, path, one, c, bpffs), newProduct(t, path, two, c, bpffs)
 	for i, p := range captured {
 		[]*product{s.one, s.two}[i%2].enrol(t, p)
