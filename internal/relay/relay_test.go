@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -145,6 +146,52 @@ func TestContextAborts(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestKernelMovesBytes: between two TCP connections no byte passes through the
+// memory of the process, also when one direction has ended. What a process
+// moves with read and write the kernel counts (proc(5), /proc/pid/io), and
+// splice is neither: what is left are the two applications.
+func TestKernelMovesBytes(t *testing.T) {
+	const size = 16 << 20
+	for _, k := range kinds {
+		t.Run(k.name, func(t *testing.T) {
+			r := newRig(t, k.wrap)
+			one := func(from, to *net.TCPConn) {
+				var wg sync.WaitGroup
+				wg.Go(func() { send(t, from, make([]byte, size)) })
+				if n, err := io.Copy(struct{ io.Writer }{io.Discard}, to); n != size || err != nil {
+					t.Errorf("%d of %d bytes came, %v", n, size, err)
+				}
+				wg.Wait()
+			}
+			before := ioCount(t)
+			one(r.client, r.server)
+			one(r.server, r.client) // the other direction has ended
+			if err := <-r.done; err != nil {
+				t.Errorf("Copy: %v", err)
+			}
+			moved := ioCount(t) - before
+			apps := int64(4 * size) // two write, two read
+			if byKernel := moved < apps+apps/4; byKernel != (k.name == "splice") {
+				t.Errorf("%d bytes were read and written, of which the applications did %d", moved, apps)
+			}
+		})
+	}
+}
+
+// ioCount returns how many bytes this process has read and written so far.
+func ioCount(t *testing.T) int64 {
+	t.Helper()
+	text, err := os.ReadFile("/proc/self/io")
+	if err != nil {
+		t.Skipf("the kernel does not count what a process reads and writes: %v", err)
+	}
+	var r, w int64
+	if _, err := fmt.Sscanf(string(text), "rchar: %d\nwchar: %d\n", &r, &w); err != nil {
+		t.Fatalf("/proc/self/io: %v", err)
+	}
+	return r + w
 }
 
 func TestCountsWhileItCopies(t *testing.T) {
