@@ -40,7 +40,7 @@ type Engine struct {
 // New returns an engine.
 func New(cfg Config) *Engine {
 	if cfg.Loops <= 0 {
-		cfg.Loops = max(1, runtime.GOMAXPROCS(0)/4)
+		cfg.Loops = loopsFor(runtime.GOMAXPROCS(0), runtime.NumCPU())
 	}
 	if cfg.MaxUnread <= 0 {
 		cfg.MaxUnread = 256 << 20
@@ -50,6 +50,15 @@ func New(cfg Config) *Engine {
 		e.loops = append(e.loops, newEventLoop(e))
 	}
 	return e
+}
+
+// loopsFor returns the default number of loops for a process that may use some
+// of a machine's processors.
+func loopsFor(granted, machine int) int {
+	if granted < machine {
+		return max(1, granted-1)
+	}
+	return max(1, machine/4) // the rest is for the applications
 }
 
 // Run carries until ctx ends, and then aborts what is left. It may be called

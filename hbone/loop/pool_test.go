@@ -241,3 +241,15 @@ func TestWhenALoopIsSaturated(t *testing.T) {
 		t.Error("a second later it is still saturated")
 	}
 }
+
+func TestLoopsFollowProcessors(t *testing.T) {
+	for _, c := range []struct{ granted, machine, want int }{
+		{1, 1, 1}, {2, 2, 1}, {4, 4, 1}, {8, 8, 2}, {64, 64, 16}, // no limit
+		{1, 8, 1}, {2, 8, 1}, {4, 8, 3}, {8, 64, 7},
+		{8, 4, 1}, // GOMAXPROCS asks for more than there is
+	} {
+		if got := loopsFor(c.granted, c.machine); got != c.want {
+			t.Errorf("%d loops for %d of %d processors, want %d", got, c.granted, c.machine, c.want)
+		}
+	}
+}
