@@ -67,7 +67,7 @@ func newRig(t *testing.T) *rig {
 		return Review{Refused: "unknown"}, nil
 	}})
 	f := NewFeed(cfg, authn, onlyShop, silent(), reg)
-	f.UpdateWorkloads([]mesh.Workload{{UID: "u", Name: mesh.Name{Namespace: "shop", Name: "cart"}, Transport: mesh.PlainTCP}}, nil)
+	f.UpdateWorkloads([]mesh.Workload{{UID: "u", Name: mesh.Name{Namespace: "shop", Name: "cart"}, Transport: mesh.PlainTCP}}, nil, time.Now())
 	f.SetSynced()
 	s := NewService(Parts{Config: cfg, Authority: authority, Authenticator: authn, Feed: f, Pods: nobody{}, Log: silent(), Registerer: reg})
 	l, err := net.Listen("tcp", "127.0.0.1:0")

@@ -47,9 +47,9 @@ func TestClientFollowsServer(t *testing.T) {
 	same(t, v.ServiceByName(s.Name), &s)
 	same(t, v.Policy(p.Name), &p)
 
-	w.server.UpdateWorkloads([]mesh.Workload{pod(1)}, nil)
+	w.server.UpdateWorkloads([]mesh.Workload{pod(1)}, nil, time.Now())
 	c.until(t, "a new workload", has(1))
-	w.server.UpdateWorkloads(nil, []mesh.UID{pod(1).UID})
+	w.server.UpdateWorkloads(nil, []mesh.UID{pod(1).UID}, time.Now())
 	c.until(t, "a removed workload", func(v *view.View) bool { return !has(1)(v) })
 	w.server.SetPolicies(nil)
 	c.until(t, "a removed policy", func(v *view.View) bool { return v.Policy(p.Name) == nil })
@@ -118,11 +118,11 @@ func TestViewIsKeptWhileTheServerIsNotSynced(t *testing.T) {
 		}
 		return false
 	})
-	w.server.UpdateWorkloads([]mesh.Workload{pod(2)}, nil)
+	w.server.UpdateWorkloads([]mesh.Workload{pod(2)}, nil, time.Now())
 	if !has(1)(c.store.Load()) {
 		t.Fatal("a control service that knows nothing yet emptied the View")
 	}
-	w.server.UpdateWorkloads([]mesh.Workload{pod(1)}, nil)
+	w.server.UpdateWorkloads([]mesh.Workload{pod(1)}, nil, time.Now())
 	w.server.SetSynced()
 	c.until(t, "the rest", func(v *view.View) bool { return has(1)(v) && has(2)(v) })
 }
@@ -366,7 +366,7 @@ func TestManyProxies(t *testing.T) {
 	for g := range 4 {
 		wg.Go(func() {
 			for i := range 50 {
-				w.server.UpdateWorkloads([]mesh.Workload{pod(g*1000 + i)}, nil)
+				w.server.UpdateWorkloads([]mesh.Workload{pod(g*1000 + i)}, nil, time.Now())
 			}
 		})
 	}
@@ -419,7 +419,7 @@ func BenchmarkOneChange5k(b *testing.B) {
 		i++
 		p := pod(7)
 		p.CanonicalRevision = fmt.Sprint(i)
-		w.server.UpdateWorkloads([]mesh.Workload{p}, nil)
+		w.server.UpdateWorkloads([]mesh.Workload{p}, nil, time.Now())
 		c.until(b, "the change", func(v *view.View) bool { return v.ByUID(p.UID).CanonicalRevision == p.CanonicalRevision })
 	}
 }

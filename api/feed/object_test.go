@@ -272,7 +272,7 @@ func TestConvergenceIsMeasured(t *testing.T) {
 		t.Errorf("it took %v s, want an hour and a bit", sum)
 	}
 	w.server.UpdateWorld(Resources{}, nil, time.Now().Add(-time.Hour)) // changes nothing
-	w.server.UpdateWorkloads([]mesh.Workload{pod(3)}, nil)
+	w.server.UpdateWorkloads([]mesh.Workload{pod(3)}, nil, time.Now())
 	r.want("c//Pod/shop/p3", "")
 	eventually(t, "the next change is counted", func() bool { n, _ := samples(); return n == 2 })
 }

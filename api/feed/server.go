@@ -136,9 +136,10 @@ func (s *Server) UpdateWorld(r Resources, del []mesh.UID, since time.Time) {
 
 // UpdateWorkloads adds or replaces the workloads of set, and removes those of
 // del. A policy that is listed for the first time must have been set before.
-func (s *Server) UpdateWorkloads(set []mesh.Workload, del []mesh.UID) {
+// since is as for UpdateWorld.
+func (s *Server) UpdateWorkloads(set []mesh.Workload, del []mesh.UID, since time.Time) {
 	rows := encodeAll(s.log, set, encodeWorkload)
-	s.edit(time.Now(), func() { s.tables[TypeAddress].apply(rows, del) })
+	s.edit(since, func() { s.tables[TypeAddress].apply(rows, del) })
 }
 
 // SetPolicies replaces all policies. One that goes should no longer be listed

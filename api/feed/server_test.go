@@ -35,7 +35,7 @@ func TestWildcard(t *testing.T) {
 	r.send(everything(TypeAuthorization))
 	r.want("shop/a", "")
 
-	w.server.UpdateWorkloads([]mesh.Workload{pod(3)}, []mesh.UID{pod(2).UID})
+	w.server.UpdateWorkloads([]mesh.Workload{pod(3)}, []mesh.UID{pod(2).UID}, time.Now())
 	r.want("c//Pod/shop/p3", "c//Pod/shop/p2")
 	w.server.UpdateWorld(Resources{Services: []mesh.Service{s, svc("pay")}, Policies: []mesh.Policy{deny("a")}}, nil, time.Now())
 	r.want("shop/pay", "")
@@ -44,7 +44,7 @@ func TestWildcard(t *testing.T) {
 	w.server.SetPolicies([]mesh.Policy{deny("b")})
 	r.want("shop/b", "")
 	r.want("", "shop/a") // in a response of its own, behind the addresses
-	w.server.UpdateWorkloads([]mesh.Workload{pod(3)}, nil)
+	w.server.UpdateWorkloads([]mesh.Workload{pod(3)}, nil, time.Now())
 	w.server.SetPolicies([]mesh.Policy{deny("b")})
 	r.quiet() // nothing has changed
 }
@@ -61,7 +61,7 @@ func TestEmptyMeshIsAnswered(t *testing.T) {
 
 func TestNobodyIsAnsweredBeforeSynced(t *testing.T) {
 	w := newWorld(t)
-	w.server.UpdateWorkloads([]mesh.Workload{pod(1)}, nil)
+	w.server.UpdateWorkloads([]mesh.Workload{pod(1)}, nil, time.Now())
 	r := w.raw(token)
 	r.send(everything(TypeAddress))
 	eventually(t, "the request arrives", func() bool {
@@ -77,7 +77,7 @@ func TestNobodyIsAnsweredBeforeSynced(t *testing.T) {
 		t.Fatalf("half a mesh was sent: %v", m)
 	default:
 	}
-	w.server.UpdateWorkloads([]mesh.Workload{pod(2)}, nil)
+	w.server.UpdateWorkloads([]mesh.Workload{pod(2)}, nil, time.Now())
 	w.server.SetSynced()
 	r.want("c//Pod/shop/p1 c//Pod/shop/p2", "") // all in one: the first answer is never half
 }
@@ -129,11 +129,11 @@ func TestSlowSubscriberGetsTheNewestState(t *testing.T) {
 	for i := range 1000 {
 		p := pod(1)
 		p.CanonicalRevision = fmt.Sprint(i)
-		w.server.UpdateWorkloads([]mesh.Workload{p, pod(i + 2)}, []mesh.UID{pod(i + 1).UID})
+		w.server.UpdateWorkloads([]mesh.Workload{p, pod(i + 2)}, []mesh.UID{pod(i + 1).UID}, time.Now())
 	}
 	last := pod(1)
 	last.CanonicalRevision = "last"
-	w.server.UpdateWorkloads([]mesh.Workload{last}, nil)
+	w.server.UpdateWorkloads([]mesh.Workload{last}, nil, time.Now())
 	r.ack(first)
 	m := r.next()
 	if len(m.Resources) != 2 {
@@ -151,7 +151,7 @@ func TestSlowSubscriberGetsTheNewestState(t *testing.T) {
 
 func TestResume(t *testing.T) {
 	w := newWorld(t)
-	w.server.UpdateWorkloads([]mesh.Workload{pod(1), pod(2), pod(3)}, nil)
+	w.server.UpdateWorkloads([]mesh.Workload{pod(1), pod(2), pod(3)}, nil, time.Now())
 	w.server.SetSynced()
 	req := everything(TypeAddress)
 	req.InitialResourceVersions = map[string]string{
@@ -167,13 +167,13 @@ func TestResume(t *testing.T) {
 
 func TestNack(t *testing.T) {
 	w := newWorld(t)
-	w.server.UpdateWorkloads([]mesh.Workload{pod(1)}, nil)
+	w.server.UpdateWorkloads([]mesh.Workload{pod(1)}, nil, time.Now())
 	w.server.SetSynced()
 	r := w.raw(token)
 	r.send(everything(TypeAddress))
 	m := r.next()
 	r.send(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeAddress, ResponseNonce: m.Nonce, ErrorDetail: &status.Status{Message: "pod p1 is odd"}})
-	w.server.UpdateWorkloads([]mesh.Workload{pod(2)}, nil)
+	w.server.UpdateWorkloads([]mesh.Workload{pod(2)}, nil, time.Now())
 	r.want("c//Pod/shop/p2", "") // not p1 again and again
 	if n := count(w.server.metrics.rejects.WithLabelValues("address")); n != 1 {
 		t.Errorf("%v rejects counted, want 1", n)
@@ -217,20 +217,20 @@ func TestOnDemand(t *testing.T) {
 	ask("c//Pod/shop/p3")
 	r.want("c//Pod/shop/p3", "") // asked again: answered again
 
-	w.server.UpdateWorkloads([]mesh.Workload{in(pod(5), cart), pod(6)}, []mesh.UID{pod(1).UID, pod(4).UID})
+	w.server.UpdateWorkloads([]mesh.Workload{in(pod(5), cart), pod(6)}, []mesh.UID{pod(1).UID, pod(4).UID}, time.Now())
 	r.want("c//Pod/shop/p5", "c//Pod/shop/p1") // what the service needs; not p4 and p6
 	r.send(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeAddress, ResourceNamesUnsubscribe: []string{"/10.97.1.1"}})
 	r.want("", "shop/narrow")
 	eight := pod(8)
 	eight.Addresses[0] = addr("8.8.8.8")
-	w.server.UpdateWorkloads([]mesh.Workload{eight}, nil)
+	w.server.UpdateWorkloads([]mesh.Workload{eight}, nil, time.Now())
 	r.want("c//Pod/shop/p8", "") // was asked for before it was there
 	r.quiet()
 }
 
 func TestByNameBesideWildcard(t *testing.T) {
 	w := newWorld(t)
-	w.server.UpdateWorkloads([]mesh.Workload{pod(1), pod(2)}, nil)
+	w.server.UpdateWorkloads([]mesh.Workload{pod(1), pod(2)}, nil, time.Now())
 	w.server.SetSynced()
 	r := w.raw(token)
 	r.send(everything(TypeAddress))
@@ -269,7 +269,7 @@ func TestLargeUpdatesAreCut(t *testing.T) {
 		p.CanonicalName = strings.Repeat("x", 20_000)
 		ws = append(ws, p)
 	}
-	w.server.UpdateWorkloads(ws, nil)
+	w.server.UpdateWorkloads(ws, nil, time.Now())
 	n, responses := 0, 0
 	for n < len(ws) {
 		m := r.next()
@@ -326,7 +326,7 @@ func TestStreamsAreForgotten(t *testing.T) {
 func TestJournalStaysSmall(t *testing.T) {
 	w := newWorld(t)
 	for i := range 50_000 {
-		w.server.UpdateWorkloads([]mesh.Workload{pod(i % 60_000)}, []mesh.UID{pod(i - 1).UID})
+		w.server.UpdateWorkloads([]mesh.Workload{pod(i % 60_000)}, []mesh.UID{pod(i - 1).UID}, time.Now())
 	}
 	if tb := w.server.tables[TypeAddress]; len(tb.journal) > 4096 || len(tb.changed) > 4096 {
 		t.Errorf("with one workload the journal has %d entries, and %d names are remembered", len(tb.journal), len(tb.changed))

@@ -126,6 +126,7 @@ type World struct {
 	moving     map[mesh.ServiceName]bool
 	virtual    map[mesh.ServiceName]bool // services with an address of their own
 	guards     map[mesh.Name]bool        // the policies that guard makes of the pods of now
+	known      map[*corev1.Pod]podFacts  // of the pods of now
 }
 
 // A policySelector selects the pods that list a policy.

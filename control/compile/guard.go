@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -25,7 +26,7 @@ const GuardPrefix = "weft_waypoint_"
 //
 // Pods whose ports are guarded alike share a policy: its name follows from what
 // it says.
-func (w *World) guard(pod *corev1.Pod) *mesh.Policy {
+func (w *World) guard(pod *corev1.Pod, services []mesh.Membership) *mesh.Policy {
 	if pod.Spec.HostNetwork || w.isWaypoint(pod) {
 		return nil
 	}
@@ -35,7 +36,7 @@ func (w *World) guard(pod *corev1.Pod) *mesh.Policy {
 	}
 	through := map[uint16]map[string]bool{} // waypoints by port
 	open := map[uint16]bool{}
-	for _, m := range w.memberships(pod, PodAddrs(pod)) {
+	for _, m := range services {
 		if m.Service.Namespace != pod.Namespace {
 			continue // who names an address of another namespace neither closes a port there nor opens one
 		}
@@ -103,14 +104,35 @@ func guardGroups(through map[uint16]map[string]bool, open map[uint16]bool, own b
 	return out
 }
 
+// podFacts are what compiling the world has found out about a pod, for when the
+// pod itself is compiled.
+type podFacts struct {
+	services []mesh.Membership
+	guard    *mesh.Policy
+}
+
+// facts returns what is known of a pod. The pods that the World was compiled
+// with are known by their pointer: nobody changes them.
+func (w *World) facts(pod *corev1.Pod, addrs []netip.Addr) podFacts {
+	if f, ok := w.known[pod]; ok {
+		return f
+	}
+	services := w.memberships(pod, addrs)
+	return podFacts{services, w.guard(pod, services)}
+}
+
 // compileGuards adds the policies that the pods of now list.
 func (w *World) compileGuards(pods []*corev1.Pod) {
 	w.guards = map[mesh.Name]bool{}
+	w.known = make(map[*corev1.Pod]podFacts, len(pods))
 	for _, pod := range pods {
-		if len(PodAddrs(pod)) == 0 || ended(pod) {
+		addrs := PodAddrs(pod)
+		if len(addrs) == 0 || ended(pod) {
 			continue
 		}
-		if p := w.guard(pod); p != nil && !w.guards[p.Name] {
+		f := w.facts(pod, addrs)
+		w.known[pod] = f
+		if p := f.guard; p != nil && !w.guards[p.Name] {
 			w.guards[p.Name] = true
 			w.Policies = append(w.Policies, *p)
 		}

@@ -39,6 +39,7 @@ func (w *World) Workload(pod *corev1.Pod, node *corev1.Node) (mesh.Workload, boo
 	name := mesh.Name{Namespace: pod.Namespace, Name: pod.Name}
 	owner := podOwner(pod)
 	set := labels.Set(pod.Labels)
+	facts := w.facts(pod, addrs)
 	out := mesh.Workload{
 		UID:       w.settings.PodUID(name),
 		Name:      name,
@@ -58,7 +59,7 @@ func (w *World) Workload(pod *corev1.Pod, node *corev1.Node) (mesh.Workload, boo
 		CanonicalName:     canonicalName(set, owner),
 		CanonicalRevision: canonicalRevision(set),
 		Owner:             owner,
-		Services:          w.memberships(pod, addrs),
+		Services:          facts.services,
 		Policies:          w.policiesFor(pod.Namespace, set),
 		Direct:            w.direct[pod.Namespace],
 		Labels:            w.asked(pod.Labels),
@@ -77,7 +78,7 @@ func (w *World) Workload(pod *corev1.Pod, node *corev1.Node) (mesh.Workload, boo
 	if own, _ := w.bind(pod.Namespace, set, false); !pod.Spec.HostNetwork {
 		out.Waypoint = own.ref
 	}
-	if p := w.guard(pod); p != nil {
+	if p := facts.guard; p != nil {
 		out.Policies = append(out.Policies, p.Name)
 		slices.SortFunc(out.Policies, mesh.Name.Compare)
 	}

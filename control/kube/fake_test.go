@@ -50,7 +50,7 @@ func (s *sink) note(op string, f func()) {
 	s.changed = make(chan struct{})
 }
 
-func (s *sink) UpdateWorkloads(set []mesh.Workload, del []mesh.UID) {
+func (s *sink) UpdateWorkloads(set []mesh.Workload, del []mesh.UID, _ time.Time) {
 	var names []string
 	for _, w := range set {
 		names = append(names, "+"+w.Name.Name)
@@ -68,11 +68,11 @@ func (s *sink) UpdateWorkloads(set []mesh.Workload, del []mesh.UID) {
 	})
 }
 
-func (s *sink) UpdateWorld(r feed.Resources, del []mesh.UID, _ time.Time) {
+func (s *sink) UpdateWorld(r feed.Resources, del []mesh.UID, since time.Time) {
 	s.note("services", func() { s.services, s.world = r.Services, r })
 	s.SetPolicies(r.Policies)
 	if len(r.Workloads)+len(del) > 0 {
-		s.UpdateWorkloads(r.Workloads, del)
+		s.UpdateWorkloads(r.Workloads, del, since)
 	}
 }
 

@@ -36,7 +36,8 @@ type Sink interface {
 	// noticed.
 	UpdateWorld(r feed.Resources, del []mesh.UID, since time.Time)
 	// UpdateWorkloads replaces the workloads in set and removes those in del.
-	UpdateWorkloads(set []mesh.Workload, del []mesh.UID)
+	// since is when the first of their changes was noticed.
+	UpdateWorkloads(set []mesh.Workload, del []mesh.UID, since time.Time)
 	// SetPolicies replaces all policies.
 	SetPolicies([]mesh.Policy)
 	// SetSynced says, once, that all there was at the start has been handed
@@ -57,7 +58,7 @@ type WatcherConfig struct {
 	Registerer prometheus.Registerer
 	// Quiet is how long services, slices and policies must have been quiet
 	// before they are compiled anew, and Patience how long at most a change
-	// waits for that. Zero is 20 ms and 200 ms. Pods never wait.
+	// waits for that. Zero is 20 ms and 100 ms. Pods never wait.
 	Quiet, Patience time.Duration
 }
 
@@ -85,7 +86,7 @@ func NewWatcher(cfg WatcherConfig) *Watcher {
 		cfg.Quiet = 20 * time.Millisecond
 	}
 	if cfg.Patience <= 0 {
-		cfg.Patience = 200 * time.Millisecond
+		cfg.Patience = 100 * time.Millisecond
 	}
 	factory := promauto.With(cfg.Registerer)
 	w := &Watcher{

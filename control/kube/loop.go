@@ -131,8 +131,8 @@ func (w *Watcher) missing() []string {
 	return out
 }
 
-// compilePods compiles the pods that changed.
-func (c *compiler) compilePods(pods map[mesh.Name][]netip.Addr) {
+// compilePods compiles the pods that changed, the first of them at since.
+func (c *compiler) compilePods(pods map[mesh.Name][]netip.Addr, since time.Time) {
 	if len(pods) == 0 {
 		return
 	}
@@ -159,7 +159,7 @@ func (c *compiler) compilePods(pods map[mesh.Name][]netip.Addr) {
 	}
 	if len(set)+len(del) > 0 {
 		ordered(set, del)
-		c.w.cfg.Sink.UpdateWorkloads(set, del)
+		c.w.cfg.Sink.UpdateWorkloads(set, del, since)
 	}
 }
 

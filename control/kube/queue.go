@@ -23,6 +23,7 @@ type work struct {
 	// pods that came, went or changed, each with the addresses that it had
 	// before and has now.
 	pods map[mesh.Name][]netip.Addr
+	pod  time.Time // when the first of them did
 	// world is set when something that is compiled as a whole changed; first
 	// and last are when.
 	world       bool
@@ -36,7 +37,7 @@ func newQueue() queue {
 func (q *queue) addPod(pod mesh.Name, addrs []netip.Addr) {
 	q.mu.Lock()
 	if q.work.pods == nil {
-		q.work.pods = map[mesh.Name][]netip.Addr{}
+		q.work.pods, q.work.pod = map[mesh.Name][]netip.Addr{}, q.clock()
 	}
 	q.work.pods[pod] = append(q.work.pods[pod], addrs...)
 	q.mu.Unlock()
@@ -60,13 +61,14 @@ func (q *queue) signal() {
 	}
 }
 
-// takePods returns the changed pods, and forgets them.
-func (q *queue) takePods() map[mesh.Name][]netip.Addr {
+// takePods returns the changed pods, and when the first of them did, and
+// forgets them.
+func (q *queue) takePods() (pods map[mesh.Name][]netip.Addr, since time.Time) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	pods := q.work.pods
+	pods = q.work.pods
 	q.work.pods = nil
-	return pods
+	return pods, q.work.pod
 }
 
 // takeWorld reports whether the world is to be compiled now, for changes since
