@@ -35,6 +35,7 @@ func (w *World) guard(pod *corev1.Pod, services []mesh.Membership) *mesh.Policy 
 		return nil
 	}
 	through := map[uint16]map[string]bool{} // waypoints by port
+	closed := map[uint16]bool{}             // ports that nobody outside of the mesh may reach either
 	open := map[uint16]bool{}
 	for _, m := range services {
 		if m.Service.Namespace != pod.Namespace {
@@ -48,12 +49,13 @@ func (w *World) guard(pod *corev1.Pod, services []mesh.Membership) *mesh.Policy 
 					through[p.Target] = map[string]bool{}
 				}
 				through[p.Target][b.identity.Principal()] = true
+				closed[p.Target] = closed[p.Target] || !b.outside
 			case w.virtual[m.Service]:
 				open[p.Target] = true
 			}
 		}
 	}
-	groups := guardGroups(through, open, own)
+	groups := guardGroups(through, open, closed, own)
 	if len(groups) == 0 {
 		return nil
 	}
@@ -72,8 +74,8 @@ func (w *World) guard(pod *corev1.Pod, services []mesh.Membership) *mesh.Policy 
 
 // guardGroups makes a group of each set of ports that the same waypoints may
 // reach. A pod that has a waypoint of its own is guarded at every port.
-func guardGroups(through map[uint16]map[string]bool, open map[uint16]bool, own binding) []mesh.Group {
-	ports := map[string][]uint16{} // by the waypoints, joined
+func guardGroups(through map[uint16]map[string]bool, open, closed map[uint16]bool, own binding) []mesh.Group {
+	ports := map[string][]uint16{} // by the waypoints, joined, with a star for who has no identity
 	var listed []uint16
 	for _, port := range slices.Sorted(maps.Keys(through)) {
 		if open[port] {
@@ -81,6 +83,10 @@ func guardGroups(through map[uint16]map[string]bool, open map[uint16]bool, own b
 		}
 		if own.guarded {
 			through[port][own.identity.Principal()] = true
+			closed[port] = closed[port] || !own.outside
+		}
+		if !closed[port] {
+			through[port]["*"] = true
 		}
 		who := strings.Join(slices.Sorted(maps.Keys(through[port])), " ")
 		ports[who] = append(ports[who], port)
@@ -89,6 +95,10 @@ func guardGroups(through map[uint16]map[string]bool, open map[uint16]bool, own b
 	var out []mesh.Group
 	add := func(m mesh.Match, who ...string) {
 		for _, p := range who {
+			if p == "*" {
+				m.Principals = []mesh.StringMatch{{Kind: mesh.MatchPresence}}
+				continue
+			}
 			m.NotPrincipals = append(m.NotPrincipals, mesh.StringMatch{Kind: mesh.MatchExact, Value: p})
 		}
 		out = append(out, mesh.Group{Clauses: []mesh.Clause{{Matches: []mesh.Match{m}}}})
@@ -99,7 +109,11 @@ func guardGroups(through map[uint16]map[string]bool, open map[uint16]bool, own b
 	if own.guarded {
 		rest := append(listed, slices.Collect(maps.Keys(open))...)
 		slices.Sort(rest)
-		add(mesh.Match{NotDestPorts: slices.Compact(rest)}, own.identity.Principal())
+		who := []string{own.identity.Principal()}
+		if own.outside {
+			who = append(who, "*")
+		}
+		add(mesh.Match{NotDestPorts: slices.Compact(rest)}, who...)
 	}
 	return out
 }

@@ -63,6 +63,17 @@ next:
 	})
 }
 
+// outside labels the named service for those outside of the mesh.
+func outside(name string) func(*Inputs) {
+	return func(in *Inputs) {
+		for _, s := range in.Services {
+			if s.Name == name {
+				s.Labels = map[string]string{labelWaypointOutside: "bypass"}
+			}
+		}
+	}
+}
+
 // TestNobodyGoesAroundTheWaypoint attacks pods behind a waypoint directly.
 func TestNobodyGoesAroundTheWaypoint(t *testing.T) {
 	id := func(ns, sa string) mesh.Identity {
@@ -93,6 +104,14 @@ func TestNobodyGoesAroundTheWaypoint(t *testing.T) {
 		{"the namespace prefers failure in the open", "waypoint-bypass", "cart-1", client, 8080, nil, true},
 		{"some proxies do not know of the waypoint yet", "waypoint-bind", "cart-1", client, 8080,
 			func(in *Inputs) { in.Moving = map[mesh.ServiceName]bool{cart: true} }, true},
+		{"somebody outside, and the service lets him", "waypoint-bind", "cart-1", mesh.Identity{}, 8080, outside("cart"), true},
+		{"a client, and the service lets those outside", "waypoint-bind", "cart-1", client, 8080, outside("cart"), false},
+		{"the waypoint, and the service lets those outside", "waypoint-bind", "cart-1", waypoint, 8080, outside("cart"), true},
+		{"somebody outside, at the port of a service that does not let him", "waypoint-bind", "cart-1", mesh.Identity{}, 7070, outside("cart"), false},
+		{"somebody outside, and the namespace lets him", "waypoint-all", "cart-1", mesh.Identity{}, 1234,
+			func(in *Inputs) { in.Namespaces[0].Labels[labelWaypointOutside] = "bypass" }, true},
+		{"a client, and the namespace lets those outside", "waypoint-all", "cart-1", client, 1234,
+			func(in *Inputs) { in.Namespaces[0].Labels[labelWaypointOutside] = "bypass" }, false},
 		{"a waypoint for workloads, at any port", "waypoint-all", "cart-1", client, 1234, nil, false},
 		{"a waypoint for workloads, at a service's port", "waypoint-all", "cart-1", client, 8080, nil, false},
 		{"the waypoint for workloads", "waypoint-all", "cart-1", waypoint, 1234, nil, true},

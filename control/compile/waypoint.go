@@ -24,6 +24,10 @@ const (
 	// to its services go around a waypoint that is not ready, and to its pods
 	// directly at any time. Without it such traffic waits, and then fails.
 	labelWaypointFailure = "ambient.weft.dev/waypoint-failure"
+	// labelWaypointOutside on a Service or its namespace, with the value bypass,
+	// lets those without an identity of the mesh (what comes in by a NodePort,
+	// say) reach its pods directly. Without it they are refused.
+	labelWaypointOutside = "ambient.weft.dev/waypoint-outside"
 	// annotationAccessLog on the Gateway of a waypoint is text or json.
 	annotationAccessLog = "ambient.weft.dev/access-log"
 
@@ -64,6 +68,7 @@ type binding struct {
 	ref      mesh.GatewayRef
 	identity mesh.Identity
 	guarded  bool // what does not come from the waypoint is refused
+	outside  bool // but for those who are outside of the mesh
 }
 
 // A Managed is a Gateway whose proxy is to be run.
@@ -317,6 +322,7 @@ func (w *World) bind(namespace string, set labels.Set, service bool) (binding, C
 		ref: mesh.GatewayRef{Service: w.settings.serviceName(name.Namespace, name.Name)}}
 	bypass := w.namespaces[namespace][labelWaypointFailure] == "bypass"
 	b.guarded = !bypass
+	b.outside = cmp.Or(set[labelWaypointOutside], w.namespaces[namespace][labelWaypointOutside]) == "bypass"
 	cond := Condition{Type: WaypointBound, OK: true, Reason: "WaypointAccepted", Message: "bound to waypoint " + name.String()}
 	dead := b.ref // a name that nothing has
 	dead.Service.Host = "not-allowed." + dead.Service.Host
