@@ -114,6 +114,7 @@ type Engine struct {
 	clusterMu sync.Mutex // who writes clusters
 	clusters  atomic.Pointer[map[clusterKey]*cluster]
 
+	noFlow   bool // each exchange over HTTP/2 has a goroutine: for tests
 	draining atomic.Bool
 	drainBy  atomic.Int64 // by the coarse clock: when quiet connections are closed
 

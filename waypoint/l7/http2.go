@@ -74,11 +74,11 @@ func (d *http2Server) end() {
 // accept begins an exchange.
 func (d *http2Server) accept(s *h2.Stream, fields []http2.Field, end, tooLarge bool) (h2.Sink, error) {
 	e := d.e
-	st := &http2Stream{d: d, s: s}
+	st := &http2Stream{d: d, s: s, room: roomPool.Get().(*http2Room)}
 	st.in.init(s)
-	ctx, cancel := context.WithCancel(d.ctx)
-	x := e.newExchange(ctx, &d.facts)
-	st.x, st.cancel = x, cancel
+	st.in.buf = st.room.body
+	x := e.newExchange(d.ctx, &d.facts)
+	st.x = x
 	x.Version = HTTP2
 	status := 0
 	if tooLarge {
@@ -86,9 +86,9 @@ func (d *http2Server) accept(s *h2.Stream, fields []http2.Field, end, tooLarge b
 		status = 431
 	} else {
 		var err error
-		if st.text, err = h2.ReadRequest(&x.Request, nil, fields, end); err != nil {
-			cancel()
+		if st.room.request, err = h2.ReadRequest(&x.Request, st.room.request, fields, end); err != nil {
 			e.putExchange(x)
+			roomPool.Put(st.room)
 			return nil, err
 		}
 		status = d.tooMuch(x)
@@ -96,7 +96,7 @@ func (d *http2Server) accept(s *h2.Stream, fields []http2.Field, end, tooLarge b
 	if x.Request.Length >= 0 {
 		s.Expect(x.Request.Length)
 	}
-	x.RequestHeadBytes = int64(len(st.text))
+	x.RequestHeadBytes = int64(len(x.Request.Lines))
 	if end {
 		st.in.data(nil, true)
 	}
@@ -108,7 +108,11 @@ func (d *http2Server) accept(s *h2.Stream, fields []http2.Field, end, tooLarge b
 	x.idle = &st.idle
 	d.begin()
 	d.streams.Add(1)
-	go st.run(status)
+	e.clock.watch(&st.idle)
+	x.moved()
+	if status != 0 || !st.begin(end) {
+		go st.run(status)
+	}
 	return st, nil
 }
 
@@ -124,58 +128,133 @@ func (d *http2Server) tooMuch(x *Exchange) int {
 }
 
 // http2Stream is the client's side of one exchange over HTTP/2.
+//
+// An exchange with an endpoint over HTTP/2 flows, if nothing in it has to wait:
+// it has no goroutine, and the goroutines that read the two connections move
+// what comes from one to the other. As soon as something has to wait, or goes
+// wrong, a goroutine takes it over.
 type http2Stream struct {
 	d       *http2Server
 	s       *h2.Stream
 	x       *Exchange
-	cancel  context.CancelFunc
-	text    []byte // that the request points into
+	room    *http2Room
 	in      inbox
 	idle    deadline
 	informs bool // 100 (Continue) is due
 
-	mu   sync.Mutex
-	over bool // guarded by mu: x is not this stream's any more
+	begun   bool    // the filters were asked,
+	decided bool    // all that had to be,
+	verdict Verdict // and this is what they say
+
+	mu     sync.Mutex         // before those of the connections
+	phase  phase              // guarded by mu
+	cancel context.CancelFunc // guarded by mu: of x's context, nil if that is the connection's
+
+	// While the exchange flows, mu guards x and these.
+	call    http2Call
+	ended   bool // the request has ended
+	keeps   bool // in has all that came of the body, for another try
+	interim int
+
+	asks, says messageCounter // of whoever reads, and whoever writes
 }
 
-// run serves the exchange; a status is that to refuse it with.
+// A phase says who has an exchange.
+type phase uint8
+
+const (
+	owned   phase = iota // a goroutine: run, rescue or outlast
+	flowing              // whoever has the mutex
+	gone                 // nobody any more
+)
+
+// http2Room is the memory for the texts of one exchange.
+type http2Room struct {
+	request, response, trailers []byte
+	body                        []byte   // what has come of the request's
+	trailer                     msg.Head // what the trailers of the response are in
+}
+
+// roomPool holds rooms that no exchange needs.
+var roomPool = sync.Pool{New: func() any { return new(http2Room) }}
+
+// run serves the exchange, as far as begin has not; a status is that to refuse
+// it with.
 func (st *http2Stream) run(status int) {
-	d, e, x := st.d, st.d.e, st.x
-	defer d.streams.Done()
-	e.clock.watch(&st.idle)
-	x.moved()
-	if status != 0 {
+	e, x := st.d.e, st.x
+	st.withContext()
+	switch {
+	case status != 0:
 		e.reject(x, st, status, FlagDownstreamProtocol, "http2.codec_error", "the head is too large")
-	} else {
+	case !st.begun:
 		e.exchange(x, st, false)
+	default:
+		if !st.decided {
+			st.verdict, _ = e.ask(x, true)
+		}
+		e.conclude(x, st, st.verdict)
 	}
+	st.leave()
+}
+
+// withContext gives the exchange a context of its own, which ends when the
+// client leaves.
+func (st *http2Stream) withContext() {
+	ctx, cancel := context.WithCancel(st.d.ctx)
+	st.x.ctx = ctx
 	st.mu.Lock()
-	st.over = true
+	defer st.mu.Unlock()
+	st.cancel = cancel
+	switch st.x.work.why() {
+	case clientGone, streamIdle, engineStopped:
+		cancel()
+	}
+}
+
+// leave ends what run, or the flow, has done.
+func (st *http2Stream) leave() {
+	st.mu.Lock()
+	st.giveBack()
 	st.mu.Unlock()
-	e.clock.forget(&st.idle)
-	st.cancel()
-	st.s.Discard() // what of the request nobody has read
 	st.s.Conn().FlushSoon()
-	st.s.Release()
-	e.putExchange(x)
-	d.end()
+	st.d.streams.Done()
+}
+
+// giveBack ends the exchange and gives back what it has. The mutex is held.
+func (st *http2Stream) giveBack() {
+	e := st.d.e
+	st.phase = gone
+	e.clock.forget(&st.idle)
+	if st.cancel != nil {
+		st.cancel()
+	}
+	st.s.Release() // and what of the request nobody has read
+	e.putExchange(st.x)
+	st.room.body = st.in.takeBuffer()
+	roomPool.Put(st.room)
+	st.d.end()
 }
 
 // interrupt ends the exchange, if it still runs.
 func (st *http2Stream) interrupt(why reason) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	if !st.over {
+	if st.phase != gone {
 		st.x.work.interrupt(why)
-		st.cancel()
+		if st.cancel != nil {
+			st.cancel()
+		}
 	}
 }
 
 // silent is called when nothing has moved for too long.
 func (st *http2Stream) silent() {
+	st.mu.Lock()
+	replied := st.phase != gone && st.x.work.replied.Load()
+	st.mu.Unlock()
 	st.interrupt(streamIdle)
 	st.in.fail(errTimedOut)
-	if st.x.work.replied.Load() {
+	if replied {
 		st.s.Reset(http2.Cancel)
 		st.s.Conn().FlushSoon()
 	}
@@ -184,11 +263,16 @@ func (st *http2Stream) silent() {
 // Fields implements h2.Sink: trailers have come.
 func (st *http2Stream) Fields(fields []http2.Field, _ bool) error {
 	st.in.trailers(fields)
+	st.flowEnd()
 	return nil
 }
 
 // Data implements h2.Sink.
-func (st *http2Stream) Data(p []byte, end bool) { st.in.data(p, end) }
+func (st *http2Stream) Data(p []byte, end bool) {
+	if !st.flowData(p, end) {
+		st.in.data(p, end)
+	}
+}
 
 // Reset implements h2.Sink.
 func (st *http2Stream) Reset(err error) {
@@ -207,7 +291,22 @@ func (st *http2Stream) Next() ([]byte, error) {
 	if err := st.inform100(); err != nil {
 		return nil, err
 	}
-	return st.in.Next()
+	piece, err := st.in.Next()
+	st.asked(piece)
+	return piece, err
+}
+
+// asked and said count the messages of gRPC.
+func (st *http2Stream) asked(piece []byte) {
+	if st.x.GRPC {
+		st.x.RequestMessages += st.asks.count(piece)
+	}
+}
+
+func (st *http2Stream) said(piece []byte) {
+	if st.x.GRPC {
+		st.x.ResponseMessages += st.says.count(piece)
+	}
 }
 
 // Ready implements Body.
@@ -221,7 +320,9 @@ func (st *http2Stream) whole(n int) ([]byte, error) {
 	if err := st.inform100(); err != nil {
 		return nil, err
 	}
-	return st.in.whole(n)
+	piece, err := st.in.whole(n)
+	st.asked(piece)
+	return piece, err
 }
 
 // inform100 lets a client that waits for it send the body.
@@ -269,9 +370,13 @@ func (st *http2Stream) respond(x *Exchange, piece []byte, end, _ bool) error {
 	return st.write(piece)
 }
 
-func (st *http2Stream) write(piece []byte) error { return sendPiece(st.s, piece) }
+func (st *http2Stream) write(piece []byte) error {
+	st.said(piece)
+	return sendPiece(st.s, piece)
+}
 
 func (st *http2Stream) finish(piece []byte, h *msg.Head) error {
+	st.said(piece)
 	if err := sendEnd(st.s, piece, h); err != nil {
 		return err
 	}

@@ -32,6 +32,22 @@ func (b *inbox) init(s *h2.Stream) {
 	b.come.L = &b.mu
 }
 
+// takeBuffer takes the memory of a body that nobody wants any more, unless it
+// is large.
+func (b *inbox) takeBuffer() []byte {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	buf := b.buf[:0]
+	b.buf = nil
+	if cap(buf) > maxKeptBuffer {
+		return nil
+	}
+	return buf
+}
+
+// maxKeptBuffer bounds the memory that waits for the next body.
+const maxKeptBuffer = 4 << 10
+
 // data takes a piece.
 func (b *inbox) data(p []byte, end bool) {
 	b.mu.Lock()

@@ -15,6 +15,7 @@ const maxInterim = 16
 
 // http2Call is one exchange with an endpoint over HTTP/2.
 type http2Call struct {
+	flow  *http2Stream // takes what comes, if it flows; nil if a goroutine receives
 	conn  *http2Conn
 	s     *h2.Stream
 	x     *Exchange
@@ -36,23 +37,18 @@ type http2Head struct {
 
 // Fields implements h2.Sink.
 func (c *http2Call) Fields(fields []http2.Field, end bool) error {
+	if c.flow != nil {
+		return c.flow.answer(fields, end)
+	}
 	if len(fields) == 0 || fields[0].Name != ":status" || len(fields[0].Value) != 3 {
 		if !c.answered {
-			return errors.New("a response without a status")
+			return errNoStatus
 		}
 		c.in.trailers(fields)
 		return nil
 	}
 	if fields[0].Value[0] != '1' {
-		c.s.Answered()
-		c.answered = true
-		if !c.bodiless(fields[0].Value) {
-			for _, f := range fields[1:] {
-				if n, ok := h2.Length(f); ok {
-					c.s.Expect(n)
-				}
-			}
-		}
+		c.final(fields)
 	}
 	c.in.mu.Lock()
 	tooMany := len(c.heads) > maxInterim
@@ -63,10 +59,30 @@ func (c *http2Call) Fields(fields []http2.Field, end bool) error {
 	c.in.mu.Unlock()
 	c.in.come.Broadcast()
 	if tooMany {
-		return errors.New("too many interim responses")
+		return errInterim
 	}
 	return nil
 }
+
+// final notes that the final head has come.
+func (c *http2Call) final(fields []http2.Field) {
+	c.s.Answered()
+	c.answered = true
+	if !c.bodiless(fields[0].Value) {
+		for _, f := range fields[1:] {
+			if n, ok := h2.Length(f); ok {
+				c.s.Expect(n)
+			}
+		}
+	}
+}
+
+// Why an answer is refused.
+var (
+	errNoStatus = errors.New("a response without a status")
+	errInterim  = errors.New("too many interim responses")
+	errEnded    = errors.New("the call was ended here")
+)
 
 // bodiless reports whether a response has no body whatever its length says.
 func (c *http2Call) bodiless(status string) bool {
@@ -74,18 +90,28 @@ func (c *http2Call) bodiless(status string) bool {
 }
 
 // Data implements h2.Sink.
-func (c *http2Call) Data(p []byte, end bool) { c.in.data(p, end) }
+func (c *http2Call) Data(p []byte, end bool) {
+	if c.flow != nil {
+		c.flow.answerData(p, end)
+		return
+	}
+	c.in.data(p, end)
+}
 
 // Reset implements h2.Sink.
 func (c *http2Call) Reset(err error) {
 	if err == io.EOF { // the rest of the request is of no interest; the answer is whole
 		return
 	}
+	if c.flow != nil {
+		c.flow.fail(callError(err))
+		return
+	}
 	c.in.fail(callError(err))
 }
 
 // callError says what the end of a stream means.
-func callError(err error) error {
+func callError(err error) *tryError {
 	var reset h2.ErrReset
 	var broken *http2.StreamError
 	var bad *http2.ConnError
@@ -105,9 +131,9 @@ func (c *http2Call) sent(err error) error {
 	if err == nil || err == io.EOF {
 		return nil
 	}
-	err = callError(err)
-	c.in.fail(err)
-	return err
+	f := callError(err)
+	c.in.fail(f)
+	return f
 }
 
 func (c *http2Call) send(h *msg.Head, piece []byte, end bool) error {
@@ -160,7 +186,13 @@ func (c *http2Call) receive(h *msg.Head) error {
 func (c *http2Call) body() Body { return &c.in }
 
 func (c *http2Call) abort() {
-	c.in.fail(&tryError{kind: failedOther, cause: errors.New("the call was ended here")})
+	f := &tryError{kind: failedOther, cause: errEnded}
+	if st := c.flow; st != nil {
+		// Who calls has locks.
+		st.d.streams.Go(func() { st.fail(f) })
+		return
+	}
+	c.in.fail(f)
 	c.s.Reset(http2.Cancel)
 	c.conn.FlushSoon()
 }

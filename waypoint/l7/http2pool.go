@@ -51,8 +51,9 @@ func newHTTP2Transport(e *Engine, ep *Endpoint) transport { return &http2Pool{e:
 // call implements transport.
 func (p *http2Pool) call(ctx context.Context, x *Exchange) (call, error) {
 	full := false // use connections to their last stream
+	c := &http2Call{x: x}
 	for {
-		if c := p.open(x, full); c != nil {
+		if p.open(c, full) {
 			return c, nil
 		}
 		if full {
@@ -69,37 +70,35 @@ func (p *http2Pool) call(ctx context.Context, x *Exchange) (call, error) {
 	}
 }
 
-// open opens a stream on a connection that has room, nil if none has.
-func (p *http2Pool) open(x *Exchange, full bool) *http2Call {
+// open opens a stream for c on a connection that has room, and reports false if
+// none has.
+func (p *http2Pool) open(c *http2Call, full bool) bool {
+	limits := &c.x.Policy.Connections
+	most, percent := mostStreams, nearlyFull
+	if limit := int(limits.MaxConcurrentStream); limit > 0 {
+		most = min(most, limit)
+	}
+	if full {
+		percent = 100
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, hc := range p.conns {
-		open, allowed := hc.Load()
-		allowed = min(allowed, mostStreams)
-		if limit := int(x.Policy.Connections.MaxConcurrentStream); limit > 0 {
-			allowed = min(allowed, limit)
-		}
-		if !full && allowed > 1 {
-			allowed = max(1, allowed*nearlyFull/100)
-		}
-		if open >= allowed {
-			continue
-		}
-		c := &http2Call{conn: hc, x: x}
-		s, err := hc.Open(c)
+		s, err := hc.Open(c, most, percent)
 		if err != nil {
 			continue
 		}
-		c.s = s
+		c.conn, c.s = hc, s
 		c.in.init(s)
-		c.first = hc.used.Add(1) == 1
-		if most := x.Policy.Connections.MaxRequestsPerConn; most > 0 && hc.used.Load() >= int64(most) {
+		n := hc.used.Add(1)
+		c.first = n == 1
+		if most := limits.MaxRequestsPerConn; most > 0 && n >= int64(most) {
 			p.drop(hc)
 			c.last = true
 		}
-		return c
+		return true
 	}
-	return nil
+	return false
 }
 
 // drop takes hc out of the pool. The mutex is held.

@@ -27,10 +27,12 @@ type world struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
+	pools  sync.Once // empties those of x/net
 
 	mu       sync.Mutex
 	backends map[netip.AddrPort]func(net.Conn) // who takes connections
 	dials    []Target
+	dialed   []net.Conn
 	ended    []Exchange // parts of those that ended
 }
 
@@ -68,6 +70,7 @@ func newWorldWith(t *testing.T, cfg Config, rules []mesh.Rule, policies []*mesh.
 		t.Fatal(err)
 	}
 	e.filters = append(e.filters, &recorder{w: w})
+	e.noFlow = strings.HasSuffix(t.Name(), strings.ReplaceAll(byGoroutines, " ", "_"))
 	w.e = e
 	w.ctx, w.cancel = context.WithCancel(t.Context())
 	run, stop := context.WithCancel(context.Background())
@@ -110,11 +113,23 @@ func (w *world) Dial(ctx context.Context, to Target) (net.Conn, error) {
 		return nil, errors.New("nobody listens")
 	}
 	near, far := net.Pipe()
+	w.mu.Lock()
+	w.dialed = append(w.dialed, far)
+	w.mu.Unlock()
 	w.wg.Go(func() {
 		defer far.Close()
 		f(far)
 	})
 	return near, nil
+}
+
+// hangUp ends the connections to all backends.
+func (w *world) hangUp() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, c := range w.dialed {
+		c.Close()
+	}
 }
 
 // backend serves HTTP/1 at an address with net/http.

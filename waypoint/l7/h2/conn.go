@@ -285,16 +285,9 @@ func (c *Conn) drained() { c.over = c.final && len(c.streams) == 0 && c.reserved
 // drainPing is the PING that follows the first GOAWAY.
 var drainPing = [8]byte{'w', 'e', 'f', 't', 'd', 'r', 'a', 'i'}
 
-// Load returns how many streams there are, or are about to be, and how many the
-// peer allows; 0 if none may be begun any more.
-func (c *Conn) Load() (open, allowed int) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.goingAway || c.dead != nil || c.nextID > http2.MaxStreamID-2*uint32(defaultStreams) {
-		return len(c.streams) + c.reserved, 0
-	}
-	return len(c.streams) + c.reserved, int(min(c.peer.MaxStreams, 1<<20))
-}
+// Now returns when the bytes came that are being taken. It is for Sinks, within
+// a call by Run.
+func (c *Conn) Now() time.Time { return c.now }
 
 // Idle returns since when there are no streams, and false if there are some.
 func (c *Conn) Idle() (since time.Time, idle bool) {
@@ -369,13 +362,20 @@ func (c *Conn) take(in []byte) error {
 		}
 		err = c.frame(f)
 	}
+	c.flushDirty()
+	c.Flush()
+	return err
+}
+
+// maxDirty is how many connections one batch may leave to be flushed.
+const maxDirty = 64
+
+func (c *Conn) flushDirty() {
 	for i, d := range c.dirty {
 		d.Flush()
 		c.dirty[i] = nil
 	}
 	c.dirty = c.dirty[:0]
-	c.Flush()
-	return err
 }
 
 // Dirty makes the goroutine of Run flush other when it has taken all that has
@@ -385,6 +385,9 @@ func (c *Conn) Dirty(other *Conn) {
 		if d == other {
 			return
 		}
+	}
+	if len(c.dirty) == maxDirty {
+		c.flushDirty()
 	}
 	c.dirty = append(c.dirty, other)
 }

@@ -46,12 +46,20 @@ func (c *Conn) newStream(sink Sink) *Stream {
 }
 
 // Open reserves a stream for a request. The request begins with Head; Reset
-// gives it back unused. It fails with ErrRefused if the peer allows no more
-// streams, or none at all any more.
-func (c *Conn) Open(sink Sink) (*Stream, error) {
+// gives it back unused. It fails with ErrRefused if there are as many streams as
+// the peer allows, and at most so many, or that part in percent of them (but one
+// in any case); or if none may be begun any more.
+func (c *Conn) Open(sink Sink, most, percent int) (*Stream, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.goingAway || c.dead != nil || uint32(len(c.streams)+c.reserved) >= c.peer.MaxStreams {
+	if c.goingAway || c.dead != nil || c.nextID > http2.MaxStreamID-2*defaultStreams {
+		return nil, ErrRefused
+	}
+	allowed := int(min(c.peer.MaxStreams, uint32(most)))
+	if allowed > 1 {
+		allowed = max(1, allowed*percent/100)
+	}
+	if len(c.streams)+c.reserved >= allowed {
 		return nil, ErrRefused
 	}
 	c.reserved++
@@ -77,8 +85,19 @@ func (s *Stream) Answered() {
 }
 
 // From makes bytes of what is sent on s count as taken from source, once they
-// leave. It is called before the first Data.
-func (s *Stream) From(source *Stream) { s.source = source }
+// leave: what is queued then counts, too. With nil nobody is credited.
+func (s *Stream) From(source *Stream) {
+	s.conn.mu.Lock()
+	s.source = source
+	s.conn.mu.Unlock()
+}
+
+// Queued returns how many bytes of Data have not left yet.
+func (s *Stream) Queued() int {
+	s.conn.mu.Lock()
+	defer s.conn.mu.Unlock()
+	return len(s.pend) - s.off
+}
 
 // Credit lets the peer send n bytes more: those of Data that nobody needs any
 // more.
@@ -116,15 +135,19 @@ func (c *Conn) announce() {
 // Discard throws away what comes from now on. Once the stream has been sent to
 // its end, the peer is told that the rest is of no interest.
 func (s *Stream) Discard() {
-	c := s.conn
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	s.conn.mu.Lock()
+	s.throwAway()
+	s.conn.mu.Unlock()
+}
+
+// throwAway is Discard with the mutex held.
+func (s *Stream) throwAway() {
 	s.credit(s.unread)
-	if s.discard || s.dead != nil {
+	if s.discard || s.dead != nil || s.localEnd && s.remoteEnd {
 		return
 	}
 	s.discard = true
-	c.finished(s)
+	s.conn.finished(s)
 }
 
 // Reset ends the stream with an error, unless it has ended. Its Sink is not
@@ -151,10 +174,11 @@ func (s *Stream) Reset(code http2.ErrCode) {
 	settle(notes)
 }
 
-// Release says that what Accept has begun is over.
+// Release says that what Accept has begun is over. It discards, as Discard does.
 func (s *Stream) Release() {
 	s.conn.mu.Lock()
 	s.conn.running--
+	s.throwAway()
 	s.conn.mu.Unlock()
 }
 
