@@ -74,6 +74,7 @@ type Watcher struct {
 	waypoints atomic.Pointer[map[mesh.Name]bool] // their service accounts
 	synced    chan struct{}
 	outage    outage
+	faults    faults // of running waypoints
 
 	events    *prometheus.CounterVec
 	compile   prometheus.Histogram

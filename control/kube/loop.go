@@ -195,6 +195,7 @@ func (c *compiler) compileWorld(since time.Time) {
 		c.world = compile.Compile(c.w.cfg.Settings, in)
 	}
 	objects := provisioned(c.w.cfg.Provision, c.world)
+	c.w.faults.tell(c.world.Statuses)
 	c.w.waypoints.Store(new(accountsOf(c.world.Waypoints)))
 	// The sink tells policies first, so that no workload lists one that has
 	// not arrived; those that are gone stay until the workloads' lists have.

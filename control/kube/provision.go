@@ -145,6 +145,7 @@ func (r *provisioning) pass(ctx context.Context, objects []*unstructured.Unstruc
 	var errs []error
 	want := map[string]bool{}
 	followed := map[string]bool{} // Gateways, by the UID
+	broken := map[mesh.Name]fault{}
 	for _, o := range objects {
 		followed[owner(o)] = true
 		gvr, err := r.resource(o)
@@ -153,6 +154,13 @@ func (r *provisioning) pass(ctx context.Context, objects []*unstructured.Unstruc
 			err = r.apply(ctx, gvr, o)
 		}
 		errs = append(errs, err)
+		name := mesh.Name{Namespace: o.GetNamespace(), Name: o.GetName()} // also the Gateway's
+		if f, ok := faultOf(err); ok && broken[name] == (fault{}) {
+			broken[name] = f
+		}
+	}
+	if ctx.Err() == nil && r.Watcher.faults.set(broken) {
+		r.Watcher.queue.addWorld() // for the statuses
 	}
 	for _, gvr := range provision.Kinds() {
 		for _, o := range list[*unstructured.Unstructured](r.informers[gvr]) {
@@ -200,7 +208,7 @@ func (r *provisioning) apply(ctx context.Context, gvr schema.GroupVersionResourc
 		there = err == nil
 	}
 	if there && owner(live) != owner(o) {
-		return fmt.Errorf("%s is there and does not belong to the Gateway of that name: it is left alone; rename one of them", key(gvr, o))
+		return fmt.Errorf("%s is there and does not belong to the Gateway of that name: %w", key(gvr, o), errTaken)
 	}
 	got, err := client.Apply(ctx, o.GetName(), o, metav1.ApplyOptions{FieldManager: fieldManager, Force: true})
 	if err != nil {
@@ -299,17 +307,4 @@ func provisioned(s provision.Settings, w *compile.World) []*unstructured.Unstruc
 		out = append(out, all...)
 	}
 	return out
-}
-
-// refuse says in the status of a Gateway that it is not accepted, and why.
-func refuse(statuses []compile.Status, gateway mesh.Name, why error) {
-	i := slices.IndexFunc(statuses, func(s compile.Status) bool { return s.Kind == compile.KindGateway && s.Name == gateway })
-	if i < 0 {
-		return
-	}
-	for c := range statuses[i].Conditions {
-		if cond := &statuses[i].Conditions[c]; cond.Type == compile.Accepted {
-			cond.OK, cond.Reason, cond.Message = false, "InvalidParameters", why.Error()
-		}
-	}
 }

@@ -12,6 +12,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/validation/field"
 	dynamicfake "k8s.io/client-go/dynamic/fake"
 	"k8s.io/client-go/kubernetes/fake"
 	clienttesting "k8s.io/client-go/testing"
@@ -41,6 +42,10 @@ func applying(dyn *dynamicfake.FakeDynamicClient) {
 		if err := json.Unmarshal(p.GetPatch(), &u.Object); err != nil {
 			return true, nil, err
 		}
+		if spec, _ := u.Object["spec"].(map[string]any); spec["minAvailable"] != nil && spec["maxUnavailable"] != nil {
+			return true, nil, apierrors.NewInvalid(u.GroupVersionKind().GroupKind(), p.GetName(), field.ErrorList{
+				field.Invalid(field.NewPath("spec"), spec, "minAvailable and maxUnavailable cannot be both set")})
+		}
 		_, err := dyn.Tracker().Get(p.GetResource(), p.GetNamespace(), p.GetName())
 		if apierrors.IsNotFound(err) {
 			err = dyn.Tracker().Create(p.GetResource(), u, p.GetNamespace())
@@ -63,13 +68,13 @@ func TestProvisioner(t *testing.T) {
 	}
 	theirs := object(t, `{apiVersion: apps/v1, kind: Deployment, metadata: {name: taken, namespace: shop}, spec: {replicas: 7}}`)
 	dyn := dynamicClient(theirs)
-	for _, name := range []string{"good", "taken", "wrong"} {
+	for _, name := range []string{"good", "taken", "wrong", "odd"} {
 		if err := dyn.Tracker().Create(resource("Gateway"), gateway(name), "shop"); err != nil { // the fake guesses a wrong plural
 			t.Fatal(err)
 		}
 	}
 	applying(dyn)
-	client := fake.NewClientset(aNamespace("shop"), parameters("good", "spec: {maxUnavailable: 1}"), parameters("taken", "{}"), parameters("wrong", "{spec: {image: x}}"))
+	client := fake.NewClientset(aNamespace("shop"), parameters("good", "spec: {maxUnavailable: 1}"), parameters("taken", "{}"), parameters("wrong", "{spec: {image: x}}"), parameters("odd", "spec: {minAvailable: 1, maxUnavailable: 1}"))
 	var log logBook
 	w := NewWatcher(WatcherConfig{Client: client, Dynamic: dyn, Sink: newSink(), Log: log.logger(), Provision: provision.Settings{Image: "example.com/waypoint:1"}})
 	p := &Provisioner{Dynamic: dyn, Watcher: w, Log: log.logger()}
@@ -118,20 +123,24 @@ func TestProvisioner(t *testing.T) {
 	if there("deployments", "wrong")() {
 		t.Error("a Gateway whose parameters are not understood is provisioned")
 	}
-	refused := func() bool {
-		all, _, _ := w.statuses.latest()
-		for _, s := range all {
-			if s.Kind == "Gateway" && s.Name.Name == "wrong" {
-				for _, c := range s.Conditions {
-					if c.Type == "Accepted" {
-						return !c.OK && c.Reason == "InvalidParameters"
+	says := func(gateway, condition, reason, part string) func() bool {
+		return func() bool {
+			all, _, _ := w.statuses.latest()
+			for _, s := range all {
+				if s.Kind == "Gateway" && s.Name.Name == gateway {
+					for _, c := range s.Conditions {
+						if c.Type == condition {
+							return !c.OK && c.Reason == reason && strings.Contains(c.Message, part)
+						}
 					}
 				}
 			}
+			return false
 		}
-		return false
 	}
-	eventually(t, "its status says why", refused)
+	eventually(t, "its status says why", says("wrong", "Accepted", "InvalidParameters", "image"))
+	eventually(t, "the status of the one whose name is taken says so", says("taken", "Programmed", "Invalid", "deployments/shop/taken is there"))
+	eventually(t, "the status of the one that the API server refuses says why", says("odd", "Accepted", "InvalidParameters", "minAvailable"))
 
 	remove("deployments", "good")
 	eventually(t, "a deleted object comes back", there("deployments", "good"))
