@@ -16,12 +16,29 @@ const (
 	maxLogged = 2 << 10
 )
 
+// A stamp is the time of the last line: most others are of the same second.
+type stamp struct {
+	second int64
+	text   [len(logTime)]byte
+}
+
+// append appends t in the form logTime.
+func (s *stamp) append(b []byte, t time.Time) []byte {
+	if second := t.Unix(); second != s.second || s.text[0] == 0 {
+		s.second = second
+		copy(s.text[:], t.UTC().AppendFormat(nil, logTime))
+	}
+	ms := t.Nanosecond() / 1e6
+	b = append(b, s.text[:len("2006-01-02T15:04:05.")]...)
+	return append(b, '0'+byte(ms/100), '0'+byte(ms/10%10), '0'+byte(ms%10), 'Z')
+}
+
 // appendTextLine appends a line in the format that Envoy has by default in a
 // mesh: parsers count its fields. What has no value is "-".
-func appendTextLine(b []byte, x *Exchange) []byte {
+func appendTextLine(b []byte, x *Exchange, s *stamp) []byte {
 	h := &x.Request
 	b = append(b, '[')
-	b = x.Start.UTC().AppendFormat(b, logTime)
+	b = s.append(b, x.Start)
 	b = append(b, `] "`...)
 	b = appendText(b, h.Method)
 	b = append(b, ' ')
@@ -157,10 +174,10 @@ func appendCluster(b []byte, x *Exchange, none string) []byte {
 
 // appendJSONLine appends the same as one object of JSON, with the names that
 // Istio gives them. What has no value is null.
-func appendJSONLine(b []byte, x *Exchange) []byte {
+func appendJSONLine(b []byte, x *Exchange, s *stamp) []byte {
 	h := &x.Request
 	b = append(b, `{"start_time":"`...)
-	b = x.Start.UTC().AppendFormat(b, logTime)
+	b = s.append(b, x.Start)
 	b = append(b, '"')
 	b = appendField(b, "method", h.Method)
 	b = appendField(b, "path", x.OriginalPath)

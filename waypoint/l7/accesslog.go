@@ -29,9 +29,10 @@ type accessLog struct {
 	wake     chan struct{}
 	full     chan struct{}
 
-	mu   sync.Mutex
-	buf  []byte
-	lost int // lines that found no room
+	mu    sync.Mutex
+	buf   []byte
+	lost  int // lines that found no room
+	stamp stamp
 }
 
 func newAccessLog(w io.Writer, waypoint mesh.Name) *accessLog {
@@ -61,9 +62,9 @@ func (a *accessLog) OnEnd(x *Exchange) {
 	}
 	first := len(a.buf) == 0
 	if form == "json" {
-		a.buf = appendJSONLine(a.buf, x)
+		a.buf = appendJSONLine(a.buf, x, &a.stamp)
 	} else {
-		a.buf = appendTextLine(a.buf, x)
+		a.buf = appendTextLine(a.buf, x, &a.stamp)
 	}
 	if first {
 		signal(a.wake)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -12,6 +13,7 @@ import (
 // used yet. It is read by one goroutine at a time.
 type conn struct {
 	net.Conn
+	sock  *socket // Conn, nil if it is none
 	e     *Engine
 	facts Facts
 
@@ -25,12 +27,21 @@ type conn struct {
 
 	// idle ends what takes too long: the wait for a request or for its head, and
 	// an exchange in which nothing moves.
-	idle deadline
-	// running is the exchange that is under way, nil between two.
-	running atomic.Pointer[Exchange]
+	idle    deadline
 	given   atomic.Bool // somebody else closes the connection
+	quietly atomic.Bool // no exchange is under way
+	settled atomic.Bool // all of the request has been read
+	runMu   sync.Mutex
+	running *Exchange // guarded by runMu: that is under way, nil between two
+	since   int64     // guarded by runMu: by the coarse clock
+	lookAt  int64     // guarded by runMu: when to look whether the client is there
 	// why is set when a deadline has passed or the engine is stopped.
 	why atomic.Int32
+
+	// unsent is the end of an answer, which the read of the next request sends;
+	// onSent is called when it has gone.
+	unsent []byte
+	onSent func()
 
 	small [smallLen]byte
 }
@@ -48,25 +59,57 @@ var (
 )
 
 func newConn(e *Engine, c net.Conn, facts Facts) *conn {
-	cn := &conn{Conn: c, e: e, facts: facts}
+	cn := &conn{Conn: c, sock: newSocket(c), e: e, facts: facts}
 	cn.buf = cn.small[:]
 	cn.idle = deadline{clock: e.clock, passed: cn.tooSlow}
 	return cn
+}
+
+// Read implements net.Conn.
+func (c *conn) Read(p []byte) (int, error) {
+	if c.sock == nil {
+		return c.Conn.Read(p)
+	}
+	if out := c.unsent; out != nil {
+		c.unsent = nil
+		return c.sock.exchange(out, nil, p, c.onSent)
+	}
+	return c.sock.Read(p)
+}
+
+// Write implements net.Conn.
+func (c *conn) Write(p []byte) (int, error) {
+	if c.sock != nil {
+		return c.sock.Write(p)
+	}
+	return c.Conn.Write(p)
+}
+
+// flush sends what is unsent, if no read follows that does.
+func (c *conn) flush() error {
+	out := c.unsent
+	if out == nil {
+		return nil
+	}
+	c.unsent = nil
+	_, err := c.sock.Write(out)
+	c.onSent()
+	return err
 }
 
 // tooSlow ends what waits for the client, and for the endpoint. An exchange whose
 // response has begun ends with it, for the client may be what it waits for.
 func (c *conn) tooSlow() {
 	c.why.CompareAndSwap(notInterrupted, timedOut)
-	x := c.running.Load()
-	if x == nil || !x.work.replied.Load() {
-		interrupt(c.Conn)
-	} else {
+	c.runMu.Lock()
+	begun := c.running != nil && c.running.work.replied.Load()
+	c.runMu.Unlock()
+	if begun {
 		cut(c.Conn)
+	} else {
+		interrupt(c.Conn)
 	}
-	if x != nil {
-		x.work.interrupt(streamIdle)
-	}
+	c.interruptRunning(streamIdle)
 }
 
 // unread returns what was read and is not used yet.
@@ -242,6 +285,13 @@ func writeAll(c net.Conn, scratch []byte, parts ...[]byte) error {
 		}
 		_, err := c.Write(scratch)
 		return err
+	}
+	if s, ok := c.(*socket); ok {
+		if len(parts) == 2 {
+			_, err := s.writeTwo(parts[0], parts[1])
+			return err
+		}
+		c = s.TCPConn
 	}
 	if _, ok := c.(*net.TCPConn); ok {
 		bufs := make(net.Buffers, 0, len(parts))

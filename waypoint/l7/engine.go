@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sys/unix"
 
 	"github.com/weft-mesh/weft/mesh"
 	"github.com/weft-mesh/weft/mesh/route"
@@ -118,8 +119,7 @@ type Engine struct {
 	draining atomic.Bool
 	drainBy  atomic.Int64 // by the coarse clock: when quiet connections are closed
 
-	quietMu sync.Mutex
-	quietly map[*conn]struct{} // guarded by quietMu: that wait for a request
+	clients clients
 }
 
 // New returns an Engine. It starts nothing.
@@ -127,7 +127,7 @@ func New(cfg Config) (*Engine, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	e := &Engine{cfg: cfg, limits: cfg.Limits.orDefault(), log: cfg.Logger, rand: cfg.Rand, clock: newClock(), quietly: map[*conn]struct{}{}}
+	e := &Engine{cfg: cfg, limits: cfg.Limits.orDefault(), log: cfg.Logger, rand: cfg.Rand, clock: newClock()}
 	if e.log == nil {
 		e.log = slog.New(slog.DiscardHandler)
 	}
@@ -167,15 +167,23 @@ func (e *Engine) Run(ctx context.Context) error {
 			return nil
 		case <-t.C:
 		}
+		wakeMonitor()
 		e.clock.advance()
+		e.clients.lookAfter(e.clock.now.Load())
 		if by := e.drainBy.Load(); by != 0 && e.clock.now.Load() >= by {
-			e.closeQuiet()
+			e.clients.closeQuiet()
 		}
 		if n%20 == 19 {
 			e.sweep()
 		}
 	}
 }
+
+// wakeMonitor makes a system call of the kind that tells Go's scheduler. The
+// calls of sockets do not; but when goroutines do not let go of the processor, or
+// do not leave time to look at the network, it is the monitor that sees to it,
+// and it sleeps until somebody tells it that the process is not idle any more.
+func wakeMonitor() { _, _ = unix.Poll(nil, 0) } // nothing is asked
 
 // sweep closes idle connections to endpoints, and forgets what the View has not
 // any more.
@@ -212,29 +220,6 @@ func (e *Engine) Drain() {
 	}
 }
 
-// quiet notes that c waits for a request, and unquiet that one has come.
-func (e *Engine) quiet(c *conn) {
-	e.quietMu.Lock()
-	e.quietly[c] = struct{}{}
-	e.quietMu.Unlock()
-}
-
-func (e *Engine) unquiet(c *conn) {
-	e.quietMu.Lock()
-	delete(e.quietly, c)
-	e.quietMu.Unlock()
-}
-
-// closeQuiet lets connections on which nothing happens end.
-func (e *Engine) closeQuiet() {
-	e.quietMu.Lock()
-	defer e.quietMu.Unlock()
-	for c := range e.quietly {
-		c.why.CompareAndSwap(notInterrupted, timedOut)
-		interrupt(c.Conn)
-	}
-}
-
 // Serve serves a connection until it ends, and closes it. The end of ctx cuts it
 // short; see Drain for the kind way. The error says why the connection did not
 // end in order, nil if it did: whoever called has nothing left to do about it
@@ -246,13 +231,13 @@ func (e *Engine) Serve(ctx context.Context, netConn net.Conn, facts Facts) error
 			_ = c.Conn.Close() // what had to be said was said
 		}
 	}()
+	e.clients.add(c)
+	defer e.clients.remove(c)
 	e.clock.watch(&c.idle)
 	defer e.clock.forget(&c.idle)
 	stop := context.AfterFunc(ctx, func() {
 		c.why.Store(stopped)
-		if x := c.running.Load(); x != nil {
-			x.work.interrupt(engineStopped)
-		}
+		c.interruptRunning(engineStopped)
 		cut(c.Conn)
 	})
 	defer stop()

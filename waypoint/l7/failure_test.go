@@ -361,6 +361,27 @@ func TestConnections(t *testing.T) {
 			t.Errorf("got %q", b)
 		}
 	})
+	inWorld(t, "a connection on which nothing moves", func(t *testing.T, w *world) {
+		w.set(nil, []*mesh.TrafficPolicy{{Service: cart, Connections: mesh.Connections{IdleTCP: mesh.Duration(8 * time.Second)}}})
+		w.raw("10.0.0.1:8081", func(c net.Conn) { io.Copy(c, c) })
+		w.raw("10.0.0.2:8081", func(c net.Conn) { io.Copy(c, c) })
+		c := w.client(81)
+		for range 5 {
+			c.say("still here")
+			c.expect("still here")
+			time.Sleep(7 * time.Second)
+		}
+		c.say("and now not")
+		c.expect("and now not")
+		start := time.Now()
+		c.closed()
+		if took := time.Since(start); took < 6*time.Second || took > 11*time.Second {
+			t.Errorf("ended after %v", took)
+		}
+		if x := w.last(); x.Failure != errIdleTCP.Error() {
+			t.Errorf("it ended because of %q", x.Failure)
+		}
+	})
 	inWorld(t, "nobody listens", func(t *testing.T, w *world) {
 		c := w.client(81)
 		c.closed()

@@ -15,8 +15,10 @@ import (
 // a pipelined one is read when the one before it is answered.
 func (e *Engine) serveHTTP1(ctx context.Context, c *conn) error {
 	d := &http1{conn: c}
+	c.onSent = d.putOut
 	d.parser.Limits = h1.Limits{Head: e.limits.HeadBytes, Fields: e.limits.HeadFields, Target: e.limits.TargetBytes}
 	defer c.end()
+	defer d.flush() // the client finds out what became of it
 	for {
 		if err := d.awaitByte(); err != nil {
 			if errors.Is(err, io.EOF) || errors.Is(err, errTimedOut) {
@@ -26,7 +28,7 @@ func (e *Engine) serveHTTP1(ctx context.Context, c *conn) error {
 		}
 		x := e.newExchange(ctx, &c.facts)
 		keep, err := d.one(x)
-		c.running.Store(nil)
+		c.run(nil)
 		e.putExchange(x)
 		if !keep || err != nil {
 			return err
@@ -54,7 +56,7 @@ type http1 struct {
 // the engine drains it does not wait for ever.
 func (d *http1) awaitByte() error {
 	if d.r < d.w {
-		return nil
+		return d.flush()
 	}
 	d.idle.set(d.e.limits.Idle)
 	d.e.quiet(d.conn)
@@ -82,7 +84,7 @@ func (d *http1) one(x *Exchange) (keep bool, err error) {
 	d.in.reset(d, &x.Request)
 	d.informs.Store(d.parser.Continue && x.Request.Body != msg.NoBody)
 	x.idle = &d.idle
-	d.running.Store(x)
+	d.run(x)
 	x.moved()
 	last := d.parser.Close || d.e.limits.Requests > 0 && d.served >= d.e.limits.Requests
 	keep = d.e.exchange(x, d, last)
@@ -167,9 +169,12 @@ func (d *http1) respond(x *Exchange, piece []byte, end, closing bool) error {
 	out := h1.AppendResponse(d.out(), h, d.reader)
 	x.ResponseHeadBytes = int64(len(out))
 	if end {
-		defer d.putOut()
+		defer d.written()
 	}
 	if !d.chunked {
+		if end && len(out)+len(piece) <= cap(out) {
+			return d.last(append(out, piece...))
+		}
 		return d.writeTwo(out, piece)
 	}
 	if len(out)+len(piece)+32 > cap(out) || end && x.Trailer != nil {
@@ -183,16 +188,38 @@ func (d *http1) respond(x *Exchange, piece []byte, end, closing bool) error {
 	}
 	out = h1.AppendChunk(out, piece)
 	if end {
-		out = h1.AppendLastChunk(out, nil)
+		return d.last(h1.AppendLastChunk(out, nil))
 	}
 	_, err := d.Write(out)
 	return err
+}
+
+// last writes the end of an answer, which is in the buffer. If the connection
+// goes on, the read of the next request sends it: see socket.exchange.
+func (d *http1) last(out []byte) error {
+	if d.sock != nil && !d.reader.Close && d.settled.Load() {
+		d.unsent = out
+		return nil
+	}
+	_, err := d.Write(out)
+	return err
+}
+
+// written gives the buffer back unless the end of the answer waits in it.
+func (d *http1) written() {
+	if d.unsent == nil {
+		d.putOut()
+	}
 }
 
 // writeTwo writes out, which is in the buffer, and piece, in one if they fit.
 func (d *http1) writeTwo(out, piece []byte) error {
 	if len(piece) == 0 || len(out)+len(piece) <= cap(out) {
 		_, err := d.Write(append(out, piece...))
+		return err
+	}
+	if d.sock != nil {
+		_, err := d.sock.writeTwo(out, piece)
 		return err
 	}
 	return writeAll(d.Conn, nil, out, piece)
@@ -218,7 +245,7 @@ func (d *http1) write(piece []byte) error {
 var crlf = []byte("\r\n")
 
 func (d *http1) finish(piece []byte, h *msg.Head) error {
-	defer d.putOut()
+	defer d.written()
 	if !d.chunked {
 		if len(piece) == 0 {
 			return nil
@@ -233,9 +260,7 @@ func (d *http1) finish(piece []byte, h *msg.Head) error {
 		}
 		piece = nil
 	}
-	out = h1.AppendLastChunk(h1.AppendChunk(out, piece), h)
-	_, err := d.Write(out)
-	return err
+	return d.last(h1.AppendLastChunk(h1.AppendChunk(out, piece), h))
 }
 
 func (d *http1) stop() { interrupt(d.Conn) }
@@ -244,6 +269,7 @@ func (d *http1) abort() { d.reset() }
 
 func (d *http1) tunnel() net.Conn {
 	d.given.Store(true)
+	_ = d.flush() // whoever reads from the connection finds out
 	conn := withUnread(d.Conn, d.unread())
 	d.r = d.w
 	return conn

@@ -23,6 +23,7 @@ type http1Body struct {
 
 func (b *http1Body) reset(d *http1, h *msg.Head) {
 	*b = http1Body{d: d, kind: h.Body, left: h.Length, done: h.Body == msg.NoBody}
+	d.settled.Store(b.done)
 }
 
 // Ready reports whether something is there.
@@ -52,6 +53,7 @@ func (b *http1Body) Next() ([]byte, error) {
 		switch {
 		case err == io.EOF:
 			b.done = true
+			d.settled.Store(true)
 		case err != nil:
 			b.err = err
 			return nil, err // and nothing of what came together with it
@@ -69,7 +71,7 @@ func (b *http1Body) Next() ([]byte, error) {
 func (b *http1Body) more() error {
 	d := b.d
 	if d.informs.CompareAndSwap(true, false) {
-		if _, err := d.Write(continue100); err != nil {
+		if _, err := d.Conn.Write(continue100); err != nil {
 			return err
 		}
 	}
@@ -85,7 +87,8 @@ func (b *http1Body) more() error {
 	return err
 }
 
-// continue100 is read only.
+// continue100 is read only. It is written past the socket, by whoever reads the
+// body: somebody else may be about to write the answer.
 var continue100 = []byte("HTTP/1.1 100 Continue\r\n\r\n")
 
 // whole reads a body of n bytes and returns it in one piece, valid until the
@@ -93,7 +96,7 @@ var continue100 = []byte("HTTP/1.1 100 Continue\r\n\r\n")
 func (b *http1Body) whole(n int) ([]byte, error) {
 	d := b.d
 	if d.w-d.r < n && d.informs.CompareAndSwap(true, false) {
-		if _, err := d.Write(continue100); err != nil {
+		if _, err := d.Conn.Write(continue100); err != nil {
 			return nil, err
 		}
 	}
@@ -107,6 +110,7 @@ func (b *http1Body) whole(n int) ([]byte, error) {
 	piece := d.buf[d.r : d.r+n : d.r+n]
 	d.pin(n)
 	b.left, b.done = 0, true
+	d.settled.Store(true)
 	return piece, nil
 }
 

@@ -3,7 +3,6 @@ package l7
 import (
 	"io"
 	"net"
-	"syscall"
 	"time"
 
 	"github.com/weft-mesh/weft/mesh/balance"
@@ -13,11 +12,12 @@ import (
 
 // http1Call is one connection to an endpoint, and the exchange that it carries.
 type http1Call struct {
-	pool   *http1Pool
-	conn   net.Conn
-	raw    syscall.RawConn // nil if the connection has no descriptor
-	armed  *armedRead      // of raw
-	unsent []byte          // is sent by the read of the answer
+	pool *http1Pool
+	conn net.Conn
+	sock *socket // conn, nil if it is none
+	// unsent is a request that the read of the answer sends, its head and its
+	// body.
+	unsent [2][]byte
 	parser h1.Parser
 	born   int64 // by the coarse clock
 	since  int64 // idle since then
@@ -46,10 +46,10 @@ func (c *http1Call) usable(p *http1Pool) bool {
 	if c.pool.ep.cluster.tooOld(c) {
 		return false
 	}
-	if c.raw == nil {
+	if c.sock == nil {
 		return c.usablePiped()
 	}
-	return c.armed.quiet(c.raw)
+	return c.sock.silent()
 }
 
 // usablePiped is usable for what has no descriptor, such as the streams of a
@@ -90,10 +90,13 @@ func (c *http1Call) send(h *msg.Head, piece []byte, end bool) error {
 	out := h1.AppendRequest(c.out(), h)
 	if !c.chunked {
 		if len(out)+len(piece) <= cap(out) {
-			if out = append(out, piece...); end && c.raw != nil {
-				c.unsent = out
-				return nil
-			}
+			out, piece = append(out, piece...), nil
+		}
+		if end && c.sock != nil {
+			c.unsent = [2][]byte{out, piece}
+			return nil
+		}
+		if len(piece) == 0 {
 			_, err := c.conn.Write(out)
 			return err
 		}
@@ -189,19 +192,12 @@ func (c *http1Call) receive(h *msg.Head) error {
 
 // read reads from the connection, after it has sent what is unsent.
 func (c *http1Call) read() (int, error) {
-	if c.unsent == nil {
+	if c.unsent[0] == nil {
 		return c.conn.Read(c.buf[c.w:])
 	}
 	out := c.unsent
-	c.unsent = nil
-	n, sent, err := c.armed.exchange(c.raw, out, c.buf[c.w:])
-	if err != nil || sent == len(out) {
-		return n, err
-	}
-	if _, err := c.conn.Write(out[sent:]); err != nil {
-		return 0, err
-	}
-	return c.conn.Read(c.buf[c.w:])
+	c.unsent = [2][]byte{}
+	return c.sock.exchange(out[0], out[1], c.buf[c.w:], nil)
 }
 
 // larger moves a head that is not whole to a large buffer. The parser has
@@ -234,7 +230,7 @@ func (c *http1Call) close(whole bool) {
 // drop gives the buffers back.
 func (c *http1Call) drop() {
 	c.putOut()
-	c.x, c.unsent = nil, nil
+	c.x, c.unsent = nil, [2][]byte{}
 	c.buf, c.r, c.w, c.pinned = nil, 0, 0, 0
 	if c.inBuf != nil {
 		bufPool.Put(c.inBuf)
@@ -254,7 +250,11 @@ func (c *http1Call) end() {
 }
 
 func (c *http1Call) tunnel() net.Conn {
-	conn := withUnread(c.conn, c.buf[c.r:c.w])
+	conn := c.conn
+	if c.sock != nil {
+		conn = c.sock.TCPConn // which is relayed within the kernel
+	}
+	conn = withUnread(conn, c.buf[c.r:c.w])
 	c.drop()
 	c.pool.ep.cluster.group.Breaker.Release(balance.Connections)
 	return conn

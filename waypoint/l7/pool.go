@@ -4,7 +4,6 @@ import (
 	"context"
 	"net"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/weft-mesh/weft/mesh/balance"
@@ -66,10 +65,8 @@ func (p *http1Pool) dial(ctx context.Context, x *Exchange) (call, error) {
 	c := &http1Call{pool: p, conn: conn, born: p.e.clock.now.Load()}
 	c.parser.Limits.Head = p.e.limits.HeadBytes
 	c.parser.Limits.Fields = 4 * p.e.limits.HeadFields
-	if sc, ok := conn.(syscall.Conn); ok {
-		if c.raw, err = sc.SyscallConn(); err == nil {
-			c.armed = newArmedRead()
-		}
+	if c.sock = newSocket(conn); c.sock != nil {
+		c.conn = c.sock
 	}
 	c.begin(x)
 	return c, nil

@@ -3,6 +3,7 @@ package l7
 import (
 	"context"
 	"errors"
+	"net"
 	"time"
 
 	"github.com/weft-mesh/weft/internal/relay"
@@ -16,8 +17,8 @@ import (
 func (e *Engine) serveTCP(ctx context.Context, c *conn) error {
 	x := e.newExchange(ctx, &c.facts)
 	defer e.putExchange(x)
-	c.running.Store(x)
-	defer c.running.Store(nil)
+	c.run(x)
+	defer c.run(nil)
 	x.Start = time.Now()
 	x.View = e.cfg.Store.Load()
 	x.Request.Reset()
@@ -73,9 +74,40 @@ func (e *Engine) connect(x *Exchange, c *conn) error {
 	}
 	c.given.Store(true)
 	e.metrics.open(x)
+	return e.relay(ctx, x, withUnread(c.Conn, c.unread()), up)
+}
+
+// errIdleTCP is why a connection ends on which nothing moves.
+var errIdleTCP = errors.New("nothing was sent for as long as the policy lets a connection be idle")
+
+// relay passes bytes both ways until both directions have ended, or until none
+// has come for as long as the policy says.
+func (e *Engine) relay(ctx context.Context, x *Exchange, client, endpoint net.Conn) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	within := time.Duration(x.Policy.Connections.IdleTCP)
+	if within <= 0 {
+		within = time.Hour
+	}
+	const looks = 4 // in that time
 	var stats relay.Stats
-	err = relay.Copy(ctx, withUnread(c.Conn, c.unread()), up, &stats)
-	x.RequestBytes, x.ResponseBytes = stats.Sent.Load(), stats.Received.Load()
+	var seen, still int64 // the clock's goroutine's
+	idle := deadline{clock: e.clock}
+	idle.passed = func() {
+		if n := stats.Sent.Load() + stats.Received.Load(); n != seen {
+			seen, still = n, 0
+		} else if still++; still == looks {
+			cancel(errIdleTCP)
+			return
+		}
+		idle.set(within / looks)
+	}
+	idle.set(within / looks)
+	e.clock.watch(&idle)
+	defer e.clock.forget(&idle)
+	err := relay.Copy(ctx, client, endpoint, &stats)
+	x.RequestBytes += stats.Sent.Load()
+	x.ResponseBytes += stats.Received.Load()
 	return err
 }
 
