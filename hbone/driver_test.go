@@ -886,9 +886,12 @@ func TestQuiet(t *testing.T) {
 	if _, err := io.ReadFull(s, make([]byte, 1)); err != nil {
 		t.Fatal(err)
 	}
-	if !s.Quiet() {
+	if !s.Quiet() || s.Left() {
 		t.Error("not quiet after the byte was read")
 	}
 	close(say)
 	noisy("the end")
+	if !s.Left() {
+		t.Error("the end came, and the peer has not left")
+	}
 }

@@ -245,6 +245,14 @@ func (s *Stream) Quiet() bool {
 	return s.queue.n == 0 && s.readErr == nil && s.writeErr == nil && !s.gotEnd && !s.closed && !s.link.tunnel.Draining()
 }
 
+// Left reports whether the peer has ended its direction, or the stream: also if
+// there is still something to read.
+func (s *Stream) Left() bool {
+	s.link.mu.Lock()
+	defer s.link.mu.Unlock()
+	return s.gotEnd || s.readErr != nil || s.writeErr != nil
+}
+
 // Close ends both directions. What was written is still delivered; a peer that
 // goes on sending is told to stop.
 func (s *Stream) Close() error {
