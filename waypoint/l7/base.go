@@ -85,10 +85,20 @@ func (m *match) OnRequest(x *Exchange) Verdict {
 		return Continue // a filter answers
 	}
 	x.Drawn = res.Rule.Pick(m.e.rand())
-	if x.Drawn == nil {
-		return x.Answer(500, "", 0, "no_backend")
+	x.marks.refused = m.backend(x)
+	return Continue
+}
+
+// routable answers requests that cannot go anywhere: after filters have answered
+// that would do so whatever the backend is.
+type routable struct{ Pass }
+
+// OnRequest answers.
+func (routable) OnRequest(x *Exchange) Verdict {
+	if r := x.marks.refused; r.status != 0 {
+		return x.Answer(r.status, "", r.flags, r.details)
 	}
-	return m.backend(x)
+	return Continue
 }
 
 // workload is for requests to the address of a workload, which no route is for.
@@ -101,8 +111,11 @@ func (m *match) workload(x *Exchange) Verdict {
 	return Continue
 }
 
-// backend finds what the drawn backend names.
-func (m *match) backend(x *Exchange) Verdict {
+// backend finds what the drawn backend names, or why it cannot be had.
+func (m *match) backend(x *Exchange) refusal {
+	if x.Drawn == nil {
+		return refusal{500, 0, "no_backend"}
+	}
 	b := x.Drawn.Spec
 	k := clusterKey{service: b.Service, subset: b.Subset, port: b.Port}
 	if k.service == (mesh.ServiceName{}) {
@@ -119,18 +132,15 @@ func (m *match) backend(x *Exchange) Verdict {
 		if status == 0 || status == 503 {
 			status, flag = 503, FlagNoCluster
 		}
-		if b.Redirect != nil {
-			return Continue
-		}
-		return x.Answer(status, "", flag, "cluster_not_found")
+		return refusal{status, flag, "cluster_not_found"}
 	}
 	if x.BackendService == nil || k.subset != "" && x.View.TrafficPolicy(k.service, k.subset, k.port) == nil {
-		return x.Answer(503, "", FlagNoCluster, "cluster_not_found")
+		return refusal{503, FlagNoCluster, "cluster_not_found"}
 	}
 	x.cluster = m.e.cluster(k, x.View)
 	x.Policy = x.cluster.policy.Load()
 	x.upstream = m.e.version(x, appProtocol(x.BackendService, k.port))
-	return Continue
+	return refusal{}
 }
 
 // noPolicy is what applies where there is none. It is read only.

@@ -23,6 +23,8 @@ func (e *Engine) chain() []Filter {
 		// Faults stand for the service, so they are between it and all the rest.
 		&fault{e: e},
 		direct{},
+		// Only what would go to an endpoint fails for want of one.
+		routable{},
 		// The path and host change for the endpoint only: whatever decides reads
 		// those that the client sent.
 		rewrite{},

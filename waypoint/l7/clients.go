@@ -42,13 +42,17 @@ func (s *clients) closeQuiet() {
 	}
 }
 
-// lookAfter looks which clients have left while they were served.
-func (s *clients) lookAfter(now int64) {
+// lookAfter looks which clients have left while they were served. It reports
+// whether any is being served.
+func (s *clients) lookAfter(now int64) (serving bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for c := range s.all {
-		c.lookAfter(now)
+		if c.lookAfter(now) {
+			serving = true
+		}
 	}
+	return serving
 }
 
 // An exchange is looked at first when it has lasted firstLook, and then ever
@@ -79,17 +83,22 @@ func (c *conn) interruptRunning(why reason) {
 }
 
 // lookAfter ends the exchange under way if its client has left. As long as the
-// request is still read, that finds out by itself.
-func (c *conn) lookAfter(now int64) {
+// request is still read, that finds out by itself. It reports whether one is
+// under way.
+func (c *conn) lookAfter(now int64) bool {
 	c.runMu.Lock()
 	defer c.runMu.Unlock()
-	if c.running == nil || now < c.lookAt || !c.settled.Load() {
-		return
+	if c.running == nil {
+		return false
+	}
+	if now < c.lookAt || !c.settled.Load() {
+		return true
 	}
 	c.lookAt = now + min(now-c.since, int64(lastLook))
 	if c.left() {
 		c.running.work.interrupt(clientGone)
 	}
+	return true
 }
 
 // left reports whether the client has ended its direction, or the connection.

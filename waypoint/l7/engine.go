@@ -167,9 +167,10 @@ func (e *Engine) Run(ctx context.Context) error {
 			return nil
 		case <-t.C:
 		}
-		wakeMonitor()
 		e.clock.advance()
-		e.clients.lookAfter(e.clock.now.Load())
+		if serving := e.clients.lookAfter(e.clock.now.Load()); serving && n%5 == 0 {
+			wakeMonitor()
+		}
 		if by := e.drainBy.Load(); by != 0 && e.clock.now.Load() >= by {
 			e.clients.closeQuiet()
 		}

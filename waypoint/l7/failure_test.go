@@ -7,6 +7,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -14,6 +16,7 @@ import (
 	"time"
 
 	"github.com/weft-mesh/weft/mesh"
+	"github.com/weft-mesh/weft/waypoint/l7/msg"
 )
 
 const ms = mesh.Duration(time.Millisecond)
@@ -103,6 +106,73 @@ func counting(n *atomic.Int32, f func(n int, r *http.Request) (status int)) func
 			fmt.Fprintf(rw, "%s %s", r.Header.Get("X-Envoy-Attempt-Count"), b)
 		}))
 	}
+}
+
+// What retryOn's words stand for, as people know them from Envoy.
+func TestRetryOn(t *testing.T) {
+	failures := map[failed]string{
+		failedConnect: "5xx gateway-error reset reset-before-request connect-failure", failedRefused: "5xx gateway-error reset reset-before-request refused-stream",
+		failedClosed: "5xx gateway-error reset", failedReset: "5xx gateway-error reset", failedProtocol: "5xx gateway-error reset",
+		failedTry: "5xx gateway-error reset", failedOther: "5xx gateway-error reset",
+		failedTimeout: "", failedIdle: "", failedClient: "", failedRequest: "", failedStopped: "", failedOverflow: "", failedNoHealthy: "", failedNoCluster: "",
+	}
+	answers := map[string]string{
+		"500": "5xx", "501": "5xx", "502": "5xx gateway-error", "503": "5xx gateway-error", "504": "5xx gateway-error", "409": "retriable-4xx",
+		"404": "", "418": "retriable-status-codes", "307": "retriable-status-codes", "200": "",
+		"200 grpc 1": "cancelled", "200 grpc 4": "deadline-exceeded", "200 grpc 8": "resource-exhausted", "200 grpc 13": "internal", "200 grpc 14": "unavailable", "200 grpc 0": "",
+	}
+	for _, on := range []string{"5xx", "gateway-error", "reset", "reset-before-request", "connect-failure", "refused-stream", "retriable-4xx",
+		"retriable-status-codes", "cancelled", "deadline-exceeded", "internal", "resource-exhausted", "unavailable", "nonsense"} {
+		r := &mesh.Retry{On: []string{on}, Codes: []int{307, 418}}
+		for kind, want := range failures {
+			if got := retriable(r, kind, false); got != slices.Contains(strings.Fields(want), on) {
+				t.Errorf("%s after %q: %v", on, outcomes[kind].details, got)
+			}
+		}
+		for answer, want := range answers {
+			var h msg.Head
+			h.Reset()
+			code, grpc, _ := strings.Cut(answer, " grpc ")
+			h.Status, _ = strconv.Atoi(code)
+			if grpc != "" {
+				msg.Set(&h, "grpc-status", grpc)
+			}
+			if got := retriableAnswer(r, &h); got != slices.Contains(strings.Fields(want), on) {
+				t.Errorf("%s after %s: %v", on, answer, got)
+			}
+		}
+	}
+	if !retriable(&mesh.Retry{On: []string{"unavailable"}}, failedConnect, true) || retriable(nil, failedConnect, true) || retriableAnswer(nil, new(msg.Head)) {
+		t.Error("unavailable does not stand for no connection, or no policy for something")
+	}
+}
+
+// Who would answer whatever the backend is does so if there is none.
+func TestAnswersWithoutBackend(t *testing.T) {
+	none := func(f func(*mesh.Rule)) mesh.Rule {
+		return toCart(func(r *mesh.Rule) {
+			r.Backends[0].Unroutable, r.Backends[0].Status = "no such Service", 500
+			f(r)
+		})
+	}
+	inWorld(t, "a fault", func(t *testing.T, w *world) {
+		if r, b := w.client(80).get("/"); r.StatusCode != 418 || b != "fault filter abort" {
+			t.Errorf("answered %d %q", r.StatusCode, b)
+		}
+	}, none(func(r *mesh.Rule) { r.Fault = &mesh.Fault{Abort: &mesh.FaultAbort{PerMillion: 1e6, Status: 418}} }))
+	inWorld(t, "a question of a browser", func(t *testing.T, w *world) {
+		c := w.client(80)
+		c.say("OPTIONS / HTTP/1.1\r\nHost: cart\r\nOrigin: http://a\r\nAccess-Control-Request-Method: GET\r\n\r\n")
+		if r, _ := c.answer("OPTIONS"); r.StatusCode != 200 || r.Header.Get("Access-Control-Allow-Origin") != "http://a" {
+			t.Errorf("answered %d %v", r.StatusCode, r.Header)
+		}
+		// What it asks for then has nowhere to go, and says so to scripts too.
+		if r, _ := c.get("/", "Origin: http://a"); r.StatusCode != 500 || r.Header.Get("Access-Control-Allow-Origin") != "http://a" {
+			t.Errorf("answered %d %v", r.StatusCode, r.Header)
+		}
+	}, none(func(r *mesh.Rule) {
+		r.CORS = &mesh.CORS{AllowOrigins: []mesh.TextMatch{textOf(mesh.TextExact, "http://a")}, AllowMethods: []string{"GET"}}
+	}))
 }
 
 func TestRetries(t *testing.T) {

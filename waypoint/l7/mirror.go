@@ -128,7 +128,7 @@ func (m *mirrors) send(x *Exchange, spec *mesh.Mirror, body []byte) {
 	s := &shadow{left: bytes.Clone(body)}
 	m.wg.Go(func() {
 		defer func() { <-m.room }()
-		if (&match{e: m.e}).backend(c) == Continue {
+		if (&match{e: m.e}).backend(c).status == 0 {
 			m.e.forward(c, s)
 		}
 		c.work.settle()

@@ -15,22 +15,16 @@ func retriable(r *mesh.Retry, kind failed, grpc bool) bool {
 	}
 	for _, on := range r.On {
 		switch on {
-		case "5xx":
+		case "5xx", "gateway-error", "reset":
 			switch kind {
 			case failedConnect, failedClosed, failedReset, failedRefused, failedProtocol, failedTry, failedOther:
 				return true
 			}
-		case "gateway-error":
-			switch kind {
-			case failedConnect, failedClosed, failedReset, failedRefused, failedTry:
+		case "reset-before-request":
+			if kind == failedConnect || kind == failedRefused {
 				return true
 			}
-		case "reset":
-			switch kind {
-			case failedConnect, failedClosed, failedReset, failedRefused, failedTry:
-				return true
-			}
-		case "reset-before-request", "refused-stream":
+		case "refused-stream":
 			if kind == failedRefused {
 				return true
 			}
@@ -51,7 +45,7 @@ func retriable(r *mesh.Retry, kind failed, grpc bool) bool {
 
 // retriableAnswer reports whether r asks for another try after an answer.
 func retriableAnswer(r *mesh.Retry, h *msg.Head) bool {
-	if r == nil || h.Status < 400 && !h.Has(msg.GRPCStatus) {
+	if r == nil || h.Status < 300 && !h.Has(msg.GRPCStatus) {
 		return false
 	}
 	status := h.Status

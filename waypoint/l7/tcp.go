@@ -139,8 +139,8 @@ func (e *Engine) routeConnection(x *Exchange, c *conn) *tryError {
 		return &tryError{kind: failedNoCluster}
 	}
 	m := match{e: e}
-	if m.backend(x) != Continue {
-		return &tryError{kind: failedNoCluster, cause: errors.New(x.Details)}
+	if r := m.backend(x); r.status != 0 {
+		return &tryError{kind: failedNoCluster, cause: errors.New(r.details)}
 	}
 	return nil
 }
