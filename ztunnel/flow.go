@@ -66,6 +66,7 @@ type plainFlow struct {
 	stats  *relay.Stats // Sent is what the client sent
 	ends   []net.Conn   // guarded by flow.mu
 	looked atomic.Bool  // the application's keepalive was looked at
+	halter relay.Halter // while it is copied
 }
 
 // An endpoint is a netip.AddrPort in 19 bytes, without a zone. The zero

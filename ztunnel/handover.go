@@ -14,9 +14,10 @@ import (
 )
 
 // PartVersion is the version of the parts that a Proxy gives to its successor
-// and takes from its predecessor: a tunnel with its connections. A change of
-// anything that a part holds, down to the record protection, is a new version.
-const PartVersion = 1
+// and takes from its predecessor: a tunnel with its connections, or a connection
+// without a tunnel. A change of anything that a part holds, down to the record
+// protection, is a new version.
+const PartVersion = 2
 
 // An Heir takes what a Proxy hands over when it ends. A nil error of Give means
 // that the part is the heir's; after any other it is the proxy's as before, and
@@ -34,12 +35,13 @@ const (
 	handoverPause = 20 * time.Millisecond
 )
 
-// A movedTunnel is one part.
-type movedTunnel struct {
+// A movedPart is one part.
+type movedPart struct {
 	pod    string // UID
 	id     mesh.Identity
 	frozen int64       // since when, in nanoseconds since 1970
-	flows  []movedFlow // of tunnel.Conns
+	flows  []movedFlow // of tunnel.Conns, or the one that plain is about
+	plain  *movedPlain // a connection without a tunnel; else nil
 	tunnel loop.TunnelState
 }
 
@@ -53,14 +55,22 @@ type movedFlow struct {
 	admitted            bool
 }
 
-func (m *movedTunnel) pack(c *pack.Coder) {
+func (m *movedPart) pack(c *pack.Coder) {
 	pack.String(c, &m.pod, 128)
 	for _, s := range []*string{&m.id.TrustDomain, &m.id.Namespace, &m.id.ServiceAccount} {
 		pack.String(c, s, 1<<10)
 	}
 	pack.Uint(c, &m.frozen, math.MaxInt64)
 	pack.List(c, &m.flows, handover.MaxPartFiles, func(c *pack.Coder, f *movedFlow) { f.pack(c) })
-	m.tunnel.Pack(c)
+	plain := m.plain != nil
+	if pack.Bool(c, &plain); !plain {
+		m.tunnel.Pack(c)
+		return
+	}
+	if c.Reading() {
+		m.plain = new(movedPlain)
+	}
+	m.plain.pack(c)
 }
 
 func (f *movedFlow) pack(c *pack.Coder) {
@@ -95,9 +105,9 @@ func (f *flow) handed() movedFlow {
 	return m
 }
 
-// handOver gives the tunnels of every pod to heir, while nothing new is
-// accepted any more. What is being set up is waited for, and what the heir does
-// not take stays.
+// handOver gives the tunnels of every pod to heir, and then the connections
+// without one, while nothing new is accepted any more. Tunnels that are being set
+// up are waited for, and what the heir does not take stays.
 func (p *Proxy) handOver(heir Heir) {
 	p.mu.Lock()
 	p.stopped = true
@@ -128,13 +138,16 @@ func (p *Proxy) handOver(heir Heir) {
 		}
 		time.Sleep(handoverPause) // what is being set up
 	}
+	if err == nil {
+		err = p.handOverPlain(heir, pods, start.Add(handoverTime), &all)
+	}
 	if derr := heir.Done(); err == nil {
 		err = derr
 	}
 	if err != nil {
 		p.cfg.Log.Error("connections were not handed over: they drain", "error", err)
 	}
-	p.cfg.Log.Info("handed over", "tunnels", all.tunnels, "connections", all.conns, "left", len(p.flows.all()), "took", time.Since(start),
+	p.cfg.Log.Info("handed over", "tunnels", all.tunnels, "connections", all.conns, "without_tunnel", all.plain, "left", len(p.flows.all()), "took", time.Since(start),
 		"slowest_conns", all.slowest.conns, "slowest_freeze", all.slowest.freeze, "slowest_pack", all.slowest.pack, "slowest_give", all.slowest.give)
 }
 
@@ -160,6 +173,7 @@ func (q *pod) handOver(heir Heir, all *gifts) (declined bool, err error) {
 		g, err := q.give(heir, m)
 		switch {
 		case err == nil:
+			all.tunnels++
 			all.add(g)
 		case errors.Is(err, handover.ErrDeclined):
 			declined = true
@@ -183,7 +197,7 @@ func (q *pod) give(heir Heir, m loop.Mover) (gift, error) {
 		return gift{}, err
 	}
 	g := gift{conns: len(frozen.Owners), freeze: time.Since(since)}
-	part := movedTunnel{pod: q.info.Load().UID, id: q.id, frozen: since.UnixNano(), tunnel: frozen.State}
+	part := movedPart{pod: q.info.Load().UID, id: q.id, frozen: since.UnixNano(), tunnel: frozen.State}
 	for _, o := range frozen.Owners {
 		part.flows = append(part.flows, o.(*flow).handed())
 	}
@@ -208,14 +222,14 @@ func (p *Proxy) Take(version uint32, text []byte, files []int) (goOn, keep func(
 		return nil, nil, fmt.Errorf("a part of version %d, want %d", version, PartVersion)
 	}
 	start := time.Now()
-	var part movedTunnel
+	var part movedPart
 	err = pack.Read(text, part.pack)
 	got := pause{conns: len(part.flows), read: time.Since(start)}
 	defer part.tunnel.Wipe()
 	if err != nil {
 		return nil, nil, err
 	}
-	if len(part.flows) != len(part.tunnel.Conns) {
+	if part.plain == nil && len(part.flows) != len(part.tunnel.Conns) {
 		return nil, nil, fmt.Errorf("%d flows for %d connections", len(part.flows), len(part.tunnel.Conns))
 	}
 	p.mu.Lock()
@@ -229,11 +243,14 @@ func (p *Proxy) Take(version uint32, text []byte, files []int) (goOn, keep func(
 	case q.id != part.id:
 		return nil, nil, fmt.Errorf("pod %s is %v here, and was %v", part.pod, q.id, part.id)
 	}
+	if part.plain != nil {
+		return q.takePlain(&part, files, got)
+	}
 	return q.take(&part, files, got)
 }
 
 // take prepares a tunnel that was another process's. proxy.mu is held.
-func (q *pod) take(part *movedTunnel, files []int, got pause) (goOn, keep func(), err error) {
+func (q *pod) take(part *movedPart, files []int, got pause) (goOn, keep func(), err error) {
 	start := time.Now()
 	server := !part.tunnel.Open.Client
 	flows := make([]*flow, len(part.flows))

@@ -112,6 +112,10 @@ func (q *pod) carry(f *flow, do func() (carried bool, err error)) error {
 // over counts and logs the end of a flow, and returns why it failed, if it did.
 func (q *pod) over(f *flow, err error) error {
 	err = f.outcome(err)
+	if errors.Is(err, relay.ErrLeft) {
+		q.movedOn(f)
+		return nil
+	}
 	q.open.Add(-1)
 	q.proxy.flows.remove(f)
 	q.proxy.telemetry.progress(f)
@@ -177,7 +181,7 @@ func (f *flow) copy(ctx context.Context, a, b net.Conn) error {
 	if !f.carry(a, b) {
 		return nil // outcome says why
 	}
-	return relay.Copy(ctx, a, b, f.plain.stats)
+	return relay.CopyUntil(ctx, a, b, f.plain.stats, &f.plain.halter)
 }
 
 // tunnel gives c to an event loop, which carries it through a tunnel to one of

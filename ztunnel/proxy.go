@@ -119,8 +119,7 @@ type Proxy struct {
 	owners  map[string]*pod // by owner: those and the ones that drain
 	born    uint64          // number of pods ever added
 	active  bool            // connections are accepted
-	longest pause           // of a tunnel that was taken over
-	pauses  []pause         // of those that were
+	pauses  pauses          // of what was taken over
 	stopped bool
 }
 

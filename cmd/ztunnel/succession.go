@@ -104,7 +104,7 @@ func (s *succession) inherit(ctx context.Context) bool {
 	}
 	var last string
 	for {
-		parts, err := handover.Take(ctx, handover.ClientConfig{
+		_, err := handover.Take(ctx, handover.ClientConfig{
 			Path: s.path, Greeting: handover.Greeting{Instance: s.instance, Rank: rank, Parts: []uint32{ztunnel.PartVersion}},
 			Taker: s.proxy, Ready: ready, Log: s.log,
 		})
@@ -113,7 +113,7 @@ func (s *succession) inherit(ctx context.Context) bool {
 		case ctx.Err() != nil:
 			return false
 		case err == nil:
-			s.log.Info("took over", append([]any{"tunnels", parts}, s.tookOver()...)...)
+			s.log.Info("took over", s.tookOver()...)
 		case !nobody && fmt.Sprint(err) != last:
 			last = fmt.Sprint(err)
 			s.log.Info("the ztunnel before this one has ended, or cannot hand over", "error", err)

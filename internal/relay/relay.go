@@ -46,16 +46,25 @@ var buffers = sync.Pool{New: func() any { return new([bufLen]byte) }}
 // nil if both directions ended in order, the cause of ctx if it ended, and
 // else that of the first direction that failed.
 func Copy(ctx context.Context, a, b net.Conn, stats *Stats) error {
+	return CopyUntil(ctx, a, b, stats, nil)
+}
+
+// CopyUntil is Copy that h, if it is not nil, can stop.
+func CopyUntil(ctx context.Context, a, b net.Conn, stats *Stats, h *Halter) error {
 	if stats == nil {
 		stats = &Stats{}
 	}
+	first, second := h.begin(a, b)
 	cutAtDeath(a)
 	cutAtDeath(b)
 	var once sync.Once
-	var first error
+	var failure error
 	abort := func(err error) {
 		once.Do(func() {
-			first = err
+			failure = err
+			if err == ErrLeft {
+				return // both directions are told
+			}
 			abortConn(a)
 			abortConn(b)
 		})
@@ -67,30 +76,42 @@ func Copy(ctx context.Context, a, b net.Conn, stats *Stats) error {
 		abort(context.Cause(ctx))
 	})
 	var wg sync.WaitGroup
-	wg.Go(func() {
-		if err := direction(b, a, &stats.Sent); err != nil {
+	run := func(i int, dst, src net.Conn, n *atomic.Int64) {
+		err := direction(dst, src, n, h, i)
+		h.finish(i, err)
+		if err != nil {
 			abort(err)
 		}
-	})
-	if err := direction(a, b, &stats.Received); err != nil {
-		abort(err)
+	}
+	if first {
+		wg.Go(func() { run(0, b, a, &stats.Sent) })
+	}
+	if second {
+		run(1, a, b, &stats.Received)
 	}
 	wg.Wait()
 	if stop() {
 		watch.Done()
 	}
 	watch.Wait()
+	if failure == ErrLeft {
+		_, _ = a.Close(), b.Close() // which says nothing as long as there are copies
+		return failure
+	}
 	// Both ends are ended or aborted: closing frees them, and has nothing new
 	// to say.
 	closeEnded(a)
 	closeEnded(b)
-	return first
+	return failure
 }
 
-// direction moves bytes until src ends, and passes the end on.
-func direction(dst, src net.Conn, n *atomic.Int64) error {
-	if err := move(dst, src, n); err != nil {
-		return err
+// direction moves bytes until src ends, and passes the end on. It is the i-th
+// of those that h can halt.
+func direction(dst, src net.Conn, n *atomic.Int64, h *Halter, i int) error {
+	for err := move(dst, src, n); err != nil; err = move(dst, src, n) {
+		if err = h.park(i, err); err != nil {
+			return err
+		}
 	}
 	hc, ok := dst.(halfCloser)
 	if !ok {
