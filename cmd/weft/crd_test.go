@@ -69,3 +69,35 @@ func TestDefinitionsKnowTrustDomains(t *testing.T) {
 		}
 	}
 }
+
+// Definitions are schemas and nothing else: a word of a description that YAML
+// takes for a field is refused by the API server.
+func TestDefinitionsAreSchemas(t *testing.T) {
+	known := []string{"type", "description", "properties", "items", "additionalProperties", "x-kubernetes-preserve-unknown-fields",
+		"enum", "format", "default", "minimum", "maximum", "minItems", "maxItems", "minLength", "maxLength", "pattern", "required",
+		"nullable", "oneOf", "not", "anyOf", "allOf", "x-kubernetes-validations", "x-kubernetes-int-or-string"}
+	var walk func(path string, schema map[string]any)
+	walk = func(path string, schema map[string]any) {
+		for k := range schema {
+			if !slices.Contains(known, k) {
+				t.Errorf("%s has a field %q", path, k)
+			}
+		}
+		properties, _ := schema["properties"].(map[string]any)
+		for name, p := range properties {
+			walk(path+"."+name, p.(map[string]any))
+		}
+		for _, of := range []string{"items", "additionalProperties"} {
+			if each, ok := schema[of].(map[string]any); ok {
+				walk(path+"[]", each)
+			}
+		}
+	}
+	for _, crd := range rendered(t).crds {
+		versions, _, _ := unstructured.NestedSlice(crd.Object, "spec", "versions")
+		for _, v := range versions {
+			schema, _, _ := unstructured.NestedMap(v.(map[string]any), "schema", "openAPIV3Schema")
+			walk(crd.GetName(), schema)
+		}
+	}
+}
