@@ -151,7 +151,7 @@ func (c *Chunks) parseTrailer() error {
 	h := &msg.Head{}
 	h.Reset()
 	h.Lines = c.trailer
-	for i := 0; h.Lines[i] != '\r'; {
+	for i := 0; i < len(h.Lines)-2; { // then comes the empty line
 		next, f, err := line(h.Lines, i)
 		if err != nil {
 			return err

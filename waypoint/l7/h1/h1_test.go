@@ -81,6 +81,7 @@ func TestAmbiguousAnswers(t *testing.T) {
 		{"HTTP/1.0", "HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\n", "GET", true, false},
 		{"HTTP/1.0 that keeps", "HTTP/1.0 200 OK\r\nContent-Length: 5\r\nConnection: keep-alive\r\n\r\n", "GET", false, false},
 		{"both framings", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n", "GET", false, true},
+		{"chunks in HTTP/1.0", "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "GET", false, true},
 		{"two lengths", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\n", "GET", false, true},
 		{"another coding", "HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", "GET", false, true},
 		{"status 999", "HTTP/1.1 999 X\r\n\r\n", "GET", false, true},
@@ -121,5 +122,33 @@ func BenchmarkForward(b *testing.B) {
 	for b.Loop() {
 		p.Request(&h, in)
 		AppendRequest(out, &h)
+	}
+}
+
+// A line of trailers that begins like the end is none.
+func TestTrailers(t *testing.T) {
+	for in, want := range map[string]string{
+		"0\r\n\r\n":                       "",
+		"0\r\nA: b\r\n\r\n":               "A: b\r\n",
+		"0\r\nContent-Length: 1\r\n\r\n":  "",
+		"0\r\n\r\r\n\r\n":                 "refused",
+		"0\r\nA: b\r\n\rX: y\r\n\r\n":     "refused",
+		"0\r\n A: b\r\n\r\n":              "refused",
+		"0\r\nA\r\n\r\n":                  "refused",
+		"0\r\nA: b\r\n folded: c\r\n\r\n": "refused",
+	} {
+		var c Chunks
+		got := ""
+		n, _, err := c.Next([]byte(in))
+		if h := c.Trailer(); err != nil {
+			got = "refused"
+		} else if !c.Done || n != len(in) {
+			t.Errorf("%q: done %v after %d", in, c.Done, n)
+		} else if h != nil {
+			got = string(h.AppendLines(nil))
+		}
+		if got != want {
+			t.Errorf("%q: %q, want %q", in, got, want)
+		}
 	}
 }

@@ -221,6 +221,9 @@ func (p *Parser) Response(h *msg.Head, b []byte, method []byte) (int, error) {
 	if err != nil {
 		return 0, err
 	}
+	if f.chunked && p.Minor == 0 {
+		return 0, errCoding // RFC 9112 6.1: others take it for a body until the connection ends
+	}
 	p.frame(h, f, method)
 	if f.upgrade != nil && (h.Status == 101 || h.Status == 426) {
 		h.Protocol = f.upgrade
@@ -243,9 +246,6 @@ func (p *Parser) frame(h *msg.Head, f framing, method []byte) {
 	case string(method) == "HEAD", h.Status == 304:
 	case f.chunked:
 		h.Body = msg.Streamed
-		if p.Minor == 0 {
-			p.Close = true
-		}
 	case f.length > 0:
 		h.Body = msg.Sized
 	case f.length < 0:
