@@ -186,3 +186,35 @@ func TestValues(t *testing.T) {
 		}
 	})
 }
+
+// What limits the rights beyond what roles can say is there where Kubernetes
+// has it.
+func TestAdmissionPolicies(t *testing.T) {
+	count := func(kubeVersion string) map[string]int {
+		r, err := render("weft-system", kubeVersion, settings{registry: "r"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		out := map[string]int{}
+		for _, o := range r.objects {
+			if o.GroupVersionKind().Group == "admissionregistration.k8s.io" && strings.HasPrefix(o.GetKind(), "ValidatingAdmissionPolicy") {
+				name := o.GetName()
+				if policy, bound, _ := unstructured.NestedString(o.Object, "spec", "policyName"); bound {
+					name = policy
+				}
+				out[o.GetKind()+" "+name]++
+			}
+		}
+		return out
+	}
+	want := map[string]int{}
+	for _, name := range []string{"weft-control-weft-system", "weft-control-status-weft-system", "weft-node-weft-system"} {
+		want["ValidatingAdmissionPolicy "+name], want["ValidatingAdmissionPolicyBinding "+name] = 1, 1
+	}
+	if diff := cmp.Diff(want, count("v1.30.0")); diff != "" {
+		t.Errorf("policies (-want +got):\n%s", diff)
+	}
+	if got := count("v1.29.9"); len(got) != 0 {
+		t.Errorf("an older Kubernetes gets %v, which it does not know", got)
+	}
+}
