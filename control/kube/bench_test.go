@@ -78,7 +78,7 @@ func BenchmarkChange(b *testing.B) {
 		custom(compile.KindDestinationRule, "v1", 500+i, map[string]any{"host": host,
 			"subsets": []any{map[string]any{"name": "v1", "labels": map[string]any{"version": "v1"}}}})
 	}
-	c := &compiler{w: w, sent: map[mesh.UID]mesh.Workload{}, told: map[statusKey]string{}, pins: newPins(b.Context(), w)}
+	c := &compiler{w: w, sent: map[mesh.UID]mesh.Workload{}, told: map[conditionKey]string{}, pins: newPins(b.Context(), w)}
 	c.compileWorld(time.Now())
 	if len(c.world.Services) != 1000 || len(c.sent) != 3000 || len(c.world.Routes) != 300 || len(c.world.TrafficPolicies) != 200 {
 		b.Fatalf("%d services, %d pods, %d routes, %d traffic policies", len(c.world.Services), len(c.sent), len(c.world.Routes), len(c.world.TrafficPolicies))

@@ -32,12 +32,18 @@ type compiler struct {
 	pins      *pins
 	mover     mover
 	settled   time.Time // when to compile because a service has settled; zero is never
-	told      map[statusKey]string
+	told      map[conditionKey]string
 }
 
 type statusKey struct {
 	kind string
 	name mesh.Name
+}
+
+// A conditionKey is one condition of one object.
+type conditionKey struct {
+	statusKey
+	condition string
 }
 
 // loop compiles what changes and tells the sink. Pods are told at once; the
@@ -47,7 +53,7 @@ func (w *Watcher) loop(ctx context.Context) error {
 		return nil
 	}
 	ctx, stop := context.WithCancel(ctx)
-	c := &compiler{w: w, sent: map[mesh.UID]mesh.Workload{}, told: map[statusKey]string{}, pins: newPins(ctx, w)}
+	c := &compiler{w: w, sent: map[mesh.UID]mesh.Workload{}, told: map[conditionKey]string{}, pins: newPins(ctx, w)}
 	defer c.pins.wait()
 	defer stop()
 	w.queue.takePods()
@@ -272,13 +278,13 @@ func (c *compiler) dropLingering() {
 // tell logs objects that are not enforced as written, each once for what is
 // wrong with it.
 func (c *compiler) tell(statuses []compile.Status) {
-	told := map[statusKey]string{}
+	told := map[conditionKey]string{}
 	for _, s := range statuses {
-		key := statusKey{s.Kind, s.Name}
 		for _, cond := range s.Conditions {
 			if cond.OK {
 				continue
 			}
+			key := conditionKey{statusKey{s.Kind, s.Name}, cond.Type}
 			told[key] = cond.Message
 			if c.told[key] != cond.Message {
 				c.w.cfg.Log.Warn("object is not enforced as written", "kind", s.Kind, "namespace", s.Name.Namespace, "name", s.Name.Name,
