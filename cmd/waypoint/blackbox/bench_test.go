@@ -36,9 +36,11 @@ func TestBenchmarkL7(t *testing.T) {
 	s := newStage(t)
 	figures := map[string]float64{}
 	rows := [][]string{append([]string{"requests: the proxy's CPU"}, s.names()...)}
+	idle := s.idle(t, figures) // before loads leave buffers behind
 	for _, c := range cases {
 		rows = append(rows, s.compare(t, figures, c, rounds)...)
 	}
+	rows = append(rows, idle...)
 	if err := errors.Join(bench.Table(os.Stdout, rows), bench.Merge(out, figures)); err != nil {
 		t.Fatal(err)
 	}
