@@ -318,7 +318,11 @@ func (w *World) addEntry(e *serviceEntry, giver *giver) {
 		}
 	}
 	if e.names() && bound == (binding{}) && !e.closed {
-		e.found.warn("spec.resolution", "is %v: only waypoints look names up, and none is in front of it (label it, or its namespace, istio.io/use-waypoint): its hosts are reached as without the object", e.Spec.GetResolution())
+		then := "its hosts are reached as without the object"
+		if len(e.addresses) > 0 {
+			then = "connections to spec.addresses are refused"
+		}
+		e.found.warn("spec.resolution", "is %v: only waypoints look names up, and none is in front of it (label it, or its namespace, istio.io/use-waypoint): %s", e.Spec.GetResolution(), then)
 	}
 }
 
