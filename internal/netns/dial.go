@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -48,8 +49,14 @@ func (n *NS) dial(ctx context.Context, network string, local, remote netip.AddrP
 		unix.Close(fd)
 		return nil, err
 	}
-	// From here on the descriptor is f's. NewFile sees that it does not block
-	// and gives it to the poller.
+	return Finish(ctx, fd)
+}
+
+// Finish waits for a connection that Begin has begun, as Dial does. The
+// descriptor is taken over, also if it fails.
+func Finish(ctx context.Context, fd int) (*net.TCPConn, error) {
+	// NewFile sees that the descriptor does not block and gives it to the
+	// poller.
 	f := os.NewFile(uintptr(fd), "tcp")
 	defer f.Close()
 	if err := connected(ctx, f); err != nil {
@@ -65,6 +72,69 @@ func (n *NS) dial(ctx context.Context, network string, local, remote netip.AddrP
 		return nil, fmt.Errorf("socket became a %T", c)
 	}
 	return tcp, nil
+}
+
+// Begin begins to connect, as Dial does, and does not wait: of the descriptor
+// it returns Connected says whether it is connected already, as it mostly is to
+// an address of the namespace itself. It keeps a few sockets ready, so that not
+// every call has to visit the namespace.
+func (n *NS) Begin(local, remote netip.AddrPort, control func(fd int) error) (fd int, err error) {
+	family, err := familyOf("tcp", local, remote)
+	if err != nil {
+		return -1, err
+	}
+	if fd, err = n.ready(family); err != nil {
+		return -1, err
+	}
+	if err := begin(fd, family, local, remote, control); err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// Connected reports whether a TCP socket is connected. One that is not may be
+// on the way to be, or have failed.
+func Connected(fd int) bool {
+	_, err := syscall.Getpeername(fd) // ENOTCONN before the peer has answered, and after it has refused
+	return err == nil
+}
+
+// spareSockets is how many sockets are made ready at once.
+const spareSockets = 8
+
+// ready returns a new socket of the namespace.
+func (n *NS) ready(family int) (int, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return -1, os.ErrClosed
+	}
+	spare := &n.spare4
+	if family == unix.AF_INET6 {
+		spare = &n.spare6
+	}
+	if len(*spare) == 0 {
+		if err := n.Do(func() error {
+			for len(*spare) < spareSockets {
+				fd, err := newSocket(family)
+				if err != nil && len(*spare) == 0 {
+					return err
+				}
+				if err != nil {
+					return nil // some are better than none
+				}
+				*spare = append(*spare, fd)
+			}
+			return nil
+		}); err != nil {
+			return -1, err
+		}
+	}
+	last := len(*spare) - 1
+	fd := (*spare)[last]
+	*spare = (*spare)[:last]
+	return fd, nil
 }
 
 func familyOf(network string, local, remote netip.AddrPort) (int, error) {
@@ -84,11 +154,16 @@ func familyOf(network string, local, remote netip.AddrPort) (int, error) {
 
 func (n *NS) socket(family int) (fd int, err error) {
 	err = n.Do(func() error {
-		// IPPROTO_TCP, because with 0 a kernel can be told to make it MPTCP.
-		fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
-		return os.NewSyscallError("socket", err)
+		fd, err = newSocket(family)
+		return err
 	})
 	return fd, err
+}
+
+func newSocket(family int) (int, error) {
+	// IPPROTO_TCP, because with 0 a kernel can be told to make it MPTCP.
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	return fd, os.NewSyscallError("socket", err)
 }
 
 // begin starts to connect. The connection is there when fd is writable.

@@ -19,6 +19,10 @@ import (
 // for Close.
 type NS struct {
 	file *os.File
+
+	mu             sync.Mutex // of what follows
+	closed         bool
+	spare4, spare6 []int // sockets for Begin
 }
 
 // home is the namespace of the process, to which threads come back. It is one
@@ -67,7 +71,15 @@ func newNS(f *os.File) (*NS, error) {
 }
 
 // Close lets go of the namespace.
-func (n *NS) Close() error { return n.file.Close() }
+func (n *NS) Close() error {
+	n.mu.Lock()
+	for _, fd := range append(n.spare4, n.spare6...) {
+		_ = unix.Close(fd) // it was never used
+	}
+	n.spare4, n.spare6, n.closed = nil, nil, true
+	n.mu.Unlock()
+	return n.file.Close()
+}
 
 // Fd returns the descriptor. It is n's, and valid until Close.
 func (n *NS) Fd() int { return int(n.file.Fd()) }
