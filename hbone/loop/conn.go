@@ -393,7 +393,7 @@ func (l *eventLoop) passEnd(c *Conn) {
 		l.endConn(c, nil) // which tells the application, too
 		return
 	}
-	if err := unix.Shutdown(int(c.fd), unix.SHUT_WR); err != nil && !errors.Is(err, unix.ENOTCONN) {
-		l.endConn(c, &resetError{"the application's connection", os.NewSyscallError("shutdown", err)})
+	if e := shutdown(c.fd); e != 0 && e != unix.ENOTCONN {
+		l.endConn(c, appError("shutdown", e))
 	}
 }

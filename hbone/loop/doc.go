@@ -3,8 +3,8 @@
 //
 // A tunnel and all the connections in it belong to one loop, which alone reads
 // and writes their sockets and their state, so there are no locks between them.
-// What takes its time (handshakes, decisions, dials) runs on ordinary
-// goroutines, and hands the loop a socket when it is ready.
+// What takes its time (handshakes, decisions and dials that must wait) runs on
+// ordinary goroutines, and hands the loop a socket when it is ready.
 //
 // One read of a tunnel's socket serves the frames of many streams, and what
 // they answer goes out in one record and one write at the end of the batch of

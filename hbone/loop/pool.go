@@ -160,7 +160,9 @@ func (e *Engine) NewPool(cfg PoolConfig) *Pool {
 // of a connected TCP socket, to authority through a tunnel to t. It returns when
 // c is on its way through a tunnel, which may have to be made before: then fd is
 // the engine's, and owner hears whether the peer accepts, and of the end. If it
-// returns an error fd is still the caller's, and owner hears nothing.
+// returns an error fd is still the caller's, and owner hears nothing, and c may
+// be tried again. With a ctx that has ended it does not wait: c goes on its way
+// if there is a tunnel, and else one is made meanwhile.
 //
 // The error that ends c is a *hbone.StatusError if the peer refused. A request
 // for which the peer certainly did nothing, because the tunnel was stale, going

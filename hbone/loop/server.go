@@ -24,6 +24,10 @@ type ServerConfig struct {
 	// Accept or Reject once; a request that it leaves unanswered is reset when
 	// it returns.
 	Handle func(r *Request)
+	// Begin, if it is not nil, is called first, by the event loop: it does not
+	// block. It answers the request and returns nil, or returns what does the
+	// rest in the place of Handle.
+	Begin func(r *Request) (rest func())
 	// Log takes what went wrong on tunnels; nil discards it.
 	Log *slog.Logger
 }
@@ -53,7 +57,7 @@ func (e *Engine) NewServer(cfg ServerConfig) *Server {
 // is an event loop's, or with an error. The end of ctx ends the handshake, not
 // the tunnel.
 func (s *Server) Serve(ctx context.Context, c *net.TCPConn) error {
-	if s.cfg.Handle == nil {
+	if s.cfg.Handle == nil && s.cfg.Begin == nil {
 		_ = c.Close() // there is nothing to lose yet
 		return errors.New("serve tunnel: no handler")
 	}
@@ -115,15 +119,22 @@ func (s *Server) Tunnels() int {
 func (s *Server) limits() hbone.Limits { return s.cfg.Shake.Limits }
 
 func (s *Server) requested(r *Request) {
-	s.work.Go(func() {
-		defer r.abandon()
-		var err error
-		if r.Authority, err = hbone.ParseAuthority(r.text); err != nil {
-			s.cfg.Log.Debug("request refused", "peer", *r.Peer, "error", err)
-			_ = r.Reject(400) // 400 is a status that refuses
+	var err error
+	if r.Authority, err = hbone.ParseAuthority(r.text); err != nil {
+		s.cfg.Log.Debug("request refused", "peer", *r.Peer, "error", err)
+		_ = r.Reject(400) // 400 is a status that refuses
+		return
+	}
+	rest := func() { s.cfg.Handle(r) }
+	if s.cfg.Begin != nil {
+		if rest = s.cfg.Begin(r); rest == nil {
+			r.abandon()
 			return
 		}
-		s.cfg.Handle(r)
+	}
+	s.work.Go(func() {
+		defer r.abandon()
+		rest()
 	})
 }
 

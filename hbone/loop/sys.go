@@ -55,8 +55,8 @@ const (
 // watch adds a socket to an epoll.
 func watch(ep, fd int, what, slot int32) error {
 	e := unix.EpollEvent{Events: events, Fd: slot, Pad: what}
-	if err := unix.EpollCtl(ep, unix.EPOLL_CTL_ADD, fd, &e); err != nil {
-		return fmt.Errorf("watch socket: %w", err)
+	if _, _, errno := syscall.RawSyscall6(unix.SYS_EPOLL_CTL, uintptr(ep), unix.EPOLL_CTL_ADD, uintptr(fd), uintptr(unsafe.Pointer(&e)), 0, 0); errno != 0 {
+		return fmt.Errorf("watch socket: %w", os.NewSyscallError("epoll_ctl", errno))
 	}
 	return nil
 }
@@ -96,22 +96,33 @@ func Detach(c *net.TCPConn) (int, error) {
 // closed (tcp(7), SO_LINGER with nothing to linger for). That is also what
 // happens when the process is killed: a stream that it cuts short must not
 // look whole.
-func cutAtDeath(fd int32) error {
-	err := unix.SetsockoptLinger(int(fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
-	return os.NewSyscallError("setsockopt", err)
+func cutAtDeath(fd int32) error { return linger(fd, unix.Linger{Onoff: 1}) }
+
+func linger(fd int32, l unix.Linger) error {
+	_, _, e := syscall.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_LINGER, uintptr(unsafe.Pointer(&l)), unsafe.Sizeof(l), 0)
+	if e != 0 {
+		return os.NewSyscallError("setsockopt", e)
+	}
+	return nil
+}
+
+// shutdown ends what is written to a socket.
+func shutdown(fd int32) syscall.Errno {
+	_, _, e := syscall.RawSyscall(unix.SYS_SHUTDOWN, uintptr(fd), unix.SHUT_WR, 0)
+	return e
 }
 
 // closeSocket closes a TCP socket whose directions have both ended.
 func closeSocket(fd int32) {
-	// If it fails the connection is gone already.
-	_ = unix.SetsockoptLinger(int(fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{})
-	_ = unix.Close(int(fd))
+	_ = linger(fd, unix.Linger{}) // if it fails the connection is gone already
+	// Whoever does not linger does not wait (close(2)).
+	_, _, _ = syscall.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0)
 }
 
 // abortSocket closes a TCP socket so that its peer sees an error.
 func abortSocket(fd int32) {
 	_ = cutAtDeath(fd) // as above
-	_ = unix.Close(int(fd))
+	_, _, _ = syscall.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0)
 }
 
 // Abort closes a descriptor of a TCP connection so that its peer sees an RST.
