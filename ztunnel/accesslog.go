@@ -12,8 +12,12 @@ import (
 	"github.com/weft-mesh/weft/mesh"
 )
 
-// maxLog bounds the lines that wait for a reader of the log that is slow.
-const maxLog = 4 << 20
+const (
+	// maxLog bounds the lines that wait for a reader of the log that is slow.
+	maxLog = 4 << 20
+	// logPause is for how long lines are gathered before they are written.
+	logPause = 10 * time.Millisecond
+)
 
 // accessLog writes one line for each connection when it is over, in the form
 // that tools for ambient meshes read. Who ends a connection never waits for the
@@ -43,7 +47,11 @@ func (a *accessLog) write(f *flow, err error) {
 		a.lost++
 		return
 	}
+	first := len(a.buf) == 0
 	a.buf = appendAccessLine(a.buf, f, err, a.now())
+	if !first {
+		return // run knows
+	}
 	select {
 	case a.wake <- struct{}{}:
 	default:
@@ -56,9 +64,13 @@ func (a *accessLog) run(ctx context.Context) error {
 		return nil
 	}
 	var spare []byte
+	var soon <-chan time.Time
 	for {
 		select {
 		case <-a.wake:
+			soon = time.After(logPause)
+		case <-soon:
+			soon = nil
 			spare = a.flush(spare)
 		case <-ctx.Done():
 			a.flush(spare)

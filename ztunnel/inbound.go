@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/weft-mesh/weft/hbone/loop"
+	"github.com/weft-mesh/weft/internal/netns"
 	"github.com/weft-mesh/weft/internal/relay"
 	"github.com/weft-mesh/weft/mesh"
 	"github.com/weft-mesh/weft/mesh/authz"
@@ -69,15 +70,52 @@ func (q *pod) servePlain(c *net.TCPConn) {
 	}, plainCaller{c})
 }
 
+// beginTunnel decides on one CONNECT on the event loop, and connects to the
+// application there, if that needs no wait. Otherwise it returns what does.
+func (q *pod) beginTunnel(r *loop.Request) (rest func()) {
+	f := q.tunnelFlow(r)
+	if f.target.addrPort().Addr() != r.Local.Addr() {
+		return func() { q.serveTunnel(r) }
+	}
+	v := q.proxy.cfg.View.Load()
+	q.recognize(f, v)
+	facts := f.facts()
+	a := admit(v, *q.info.Load(), q.id, facts)
+	if a.verdict != admitted || len(a.dryRun) > 0 || f.toldOf(facts) {
+		return func() { q.serveTunnel(r) }
+	}
+	q.enter(f)
+	from := tunnelCaller{r}
+	rest = func() { q.goOn(f, func() (bool, error) { return q.decide(q.alive, f, from) }) }
+	if q.full() {
+		return rest
+	}
+	f.admitted.Store(true)
+	if q.proxy.cfg.View.Load() != v { // the recheck may have passed f by
+		f.admitted.Store(false)
+		return rest
+	}
+	fd, err := q.beginApp(facts.Source.Addr(), facts.Destination)
+	if err != nil {
+		return rest // which tries more than once
+	}
+	if netns.Connected(fd) {
+		r.Accept(&f.conn, fd, f)
+		return nil
+	}
+	return func() {
+		q.goOn(f, func() (bool, error) {
+			app, err := q.finishApp(q.alive, fd)
+			return q.join(q.alive, f, from, app, err)
+		})
+	}
+}
+
 // serveTunnel decides on one CONNECT, and gives it to an event loop. Its target
 // must be the address that the tunnel was opened to.
 func (q *pod) serveTunnel(r *loop.Request) {
-	target := r.Authority.AddrPort()
-	f := &flow{
-		direction: inbound, pod: q, src: endpointOf(r.Remote), dst: endpointOf(r.Local), target: endpointOf(target),
-		sourceID: r.Peer, destinationID: &q.id, mutualTLS: true, start: time.Now().UnixNano(),
-	}
-	if target.Addr() != r.Local.Addr() { // also when the target is a host name
+	f := q.tunnelFlow(r)
+	if f.target.addrPort().Addr() != r.Local.Addr() { // also when the target is a host name
 		q.carry(f, func() (bool, error) {
 			tunnelCaller{r}.refuse(statusBadRequest)
 			return false, denyf("refused: the tunnel asks for %v, this pod is %v", r.Authority, r.Local.Addr())
@@ -87,30 +125,51 @@ func (q *pod) serveTunnel(r *loop.Request) {
 	q.receive(q.alive, f, tunnelCaller{r})
 }
 
+// tunnelFlow returns the flow of a CONNECT.
+func (q *pod) tunnelFlow(r *loop.Request) *flow {
+	return &flow{
+		direction: inbound, pod: q, src: endpointOf(r.Remote), dst: endpointOf(r.Local), target: endpointOf(r.Authority.AddrPort()),
+		sourceID: r.Peer, destinationID: &q.id, mutualTLS: true, start: time.Now().UnixNano(),
+	}
+}
+
+// recognize notes what v knows of the ends of an inbound flow.
+func (q *pod) recognize(f *flow, v *view.View) {
+	f.source = sourceOf(v, f.src.addrPort().Addr(), proved(f.sourceID))
+	f.destination = ownWorkload(v, *q.info.Load(), q.id)
+}
+
 // receive decides on an inbound flow and carries it to the application. It
 // returns when the connection is over, with the reason if it failed, or when an
 // event loop has it.
 func (q *pod) receive(ctx context.Context, f *flow, from caller) error {
-	v := q.proxy.cfg.View.Load()
-	f.source = sourceOf(v, f.src.addrPort().Addr(), proved(f.sourceID))
-	f.destination = ownWorkload(v, *q.info.Load(), q.id)
-	return q.carry(f, func() (bool, error) {
-		if err := q.room(f); err != nil {
-			from.refuse(statusUnavailable)
-			return false, err
-		}
-		facts := f.facts()
-		if status, err := q.admit(ctx, f, facts); err != nil {
-			from.refuse(status)
-			return false, err
-		}
-		app, err := q.connectApp(ctx, f, facts)
-		if err != nil {
-			from.refuse(statusUnavailable)
-			return false, connectError(fmt.Errorf("the application does not answer: %w", err))
-		}
-		return from.carry(ctx, f, app)
-	})
+	q.recognize(f, q.proxy.cfg.View.Load())
+	return q.carry(f, func() (bool, error) { return q.decide(ctx, f, from) })
+}
+
+// decide lets an inbound flow in, or refuses it.
+func (q *pod) decide(ctx context.Context, f *flow, from caller) (carried bool, err error) {
+	if err := q.room(f); err != nil {
+		from.refuse(statusUnavailable)
+		return false, err
+	}
+	facts := f.facts()
+	if status, err := q.admit(ctx, f, facts); err != nil {
+		from.refuse(status)
+		return false, err
+	}
+	app, err := q.connectApp(ctx, f, facts)
+	return q.join(ctx, f, from, app, err)
+}
+
+// join carries an inbound flow to the application, unless connecting to that
+// has failed with err.
+func (q *pod) join(ctx context.Context, f *flow, from caller, app *net.TCPConn, err error) (carried bool, _ error) {
+	if err != nil {
+		from.refuse(statusUnavailable)
+		return false, connectError(fmt.Errorf("the application does not answer: %w", err))
+	}
+	return from.carry(ctx, f, app)
 }
 
 // admit waits for the decision on f and returns an error, with the status for

@@ -11,10 +11,10 @@ import (
 	"time"
 
 	"github.com/weft-mesh/weft/hbone"
-	"github.com/weft-mesh/weft/hbone/loop"
 	"github.com/weft-mesh/weft/identity"
 	"github.com/weft-mesh/weft/internal/handoff"
 	"github.com/weft-mesh/weft/internal/relay"
+	"github.com/weft-mesh/weft/mesh"
 	"github.com/weft-mesh/weft/mesh/view"
 )
 
@@ -27,60 +27,108 @@ func addrPort(a net.Addr) netip.AddrPort {
 	return unmap(tcp.AddrPort())
 }
 
+// beginOutbound serves one connection of the pod's processes if that needs no
+// wait: its target is in the mesh, and there is a tunnel to it. Otherwise it
+// returns what serves it.
+func (q *pod) beginOutbound(a *arrival) (rest func()) {
+	info, v := q.info.Load(), q.proxy.cfg.View.Load()
+	later := func() { q.serveOutbound(a) }
+	if !v.Synced() || !slices.Contains(info.Addresses, a.src.Addr()) || q.loops(info, a.src.Addr(), a.dst.Addr()) != nil {
+		return later
+	}
+	from, own := q.asClient(v, info)
+	plan := planOutbound(v, from, a.dst, rand.Uint64())
+	if plan.hop != toPeer || q.shortCut(plan) != nil {
+		return later
+	}
+	f := q.outboundFlow(a, plan, own, nil)
+	q.enter(f)
+	q.proxy.arriving.Add(-1) // the flow is in the books
+	if !q.full() && q.connect(q.proxy.atOnce, plan, f, a) == nil {
+		return nil
+	}
+	return func() {
+		defer a.refuse() // unless somebody else has it
+		q.goOn(f, func() (bool, error) {
+			if err := q.room(f); err != nil {
+				return false, err
+			}
+			return q.tunnel(q.alive, plan, f, a)
+		})
+	}
+}
+
 // serveOutbound serves one connection of the pod's processes. Who calls is the
 // pod, whatever the connection's remote address is.
-func (q *pod) serveOutbound(c *net.TCPConn) {
-	ctx := q.alive
-	src, dst := addrPort(c.RemoteAddr()), addrPort(c.LocalAddr())
-	info := q.info.Load()
-	if err := q.loops(info, src.Addr(), dst.Addr()); err != nil {
-		q.proxy.cfg.Log.Warn("a connection was refused", "pod", info.Name, "namespace", info.Namespace, "target", dst, "error", err)
+func (q *pod) serveOutbound(a *arrival) {
+	defer a.refuse() // unless somebody else has it
+	ctx, info := q.alive, q.info.Load()
+	if err := q.loops(info, a.src.Addr(), a.dst.Addr()); err != nil {
+		q.proxy.cfg.Log.Warn("a connection was refused", "pod", info.Name, "namespace", info.Namespace, "target", a.dst, "error", err)
 		q.proxy.arriving.Add(-1)
-		abort(c)
 		return
 	}
 	v := q.proxy.await(ctx, (*view.View).Synced)
-	from := client{addresses: info.Addresses, network: q.proxy.cfg.Network}
-	own := ownWorkload(v, *info, q.id)
-	if own != nil {
-		from.workload = *own
-	}
-	plan := planOutbound(v, from, dst, rand.Uint64())
+	from, own := q.asClient(v, info)
+	plan := planOutbound(v, from, a.dst, rand.Uint64())
 	if plan.hop == toWaypoint || plan.hold {
-		plan = q.awaitWaypoint(ctx, from, dst, plan)
-	}
-	f := &flow{
-		direction: outbound, pod: q, src: endpointOf(src), dst: endpointOf(plan.dial), target: endpointOf(plan.authority),
-		source: own, destination: plan.workload, service: plan.service, start: time.Now().UnixNano(),
-	}
-	if !plan.dial.IsValid() {
-		f.dst = endpointOf(dst)
+		plan = q.awaitWaypoint(ctx, from, a.dst, plan)
 	}
 	peer := q.shortCut(plan)
-	if len(plan.peers) > 0 {
-		f.sourceID, f.mutualTLS = &q.id, peer == nil
-	}
-	if peer != nil || plan.hop == passthrough {
-		f.plain = &plainFlow{stats: new(relay.Stats)}
-	}
+	f := q.outboundFlow(a, plan, own, peer)
 	q.carry(f, func() (bool, error) {
 		q.proxy.arriving.Add(-1) // the flow is in the books
 		if err := q.room(f); err != nil {
 			return false, err
 		}
 		switch {
+		case peer == nil && (plan.hop == toPeer || plan.hop == toWaypoint):
+			return q.tunnel(ctx, plan, f, a)
+		case peer == nil && plan.hop != passthrough:
+			return false, connectError(fmt.Errorf("refused: %s", plan.why))
+		}
+		c, err := a.conn()
+		if err != nil {
+			return false, connectError(err)
+		}
+		defer abort(c) // unless it has ended in order already
+		switch {
 		case peer != nil:
 			return false, q.crossOver(ctx, peer, plan, f, c)
-		case plan.hop == toPeer, plan.hop == toWaypoint:
-			return q.tunnel(ctx, plan, f, c)
-		case plan.hop == passthrough && dst.Port() == domainPort && q.resolver != nil:
+		case a.dst.Port() == domainPort && q.resolver != nil:
 			return false, q.resolve(ctx, plan, f, c)
-		case plan.hop == passthrough:
-			return false, q.passOn(ctx, plan, f, c)
 		}
-		return false, connectError(fmt.Errorf("refused: %s", plan.why))
+		return false, q.passOn(ctx, plan, f, c)
 	})
-	abort(c) // unless it has ended in order already, or is an event loop's
+}
+
+// asClient returns the pod as planOutbound wants it, and as v knows it.
+func (q *pod) asClient(v *view.View, info *handoff.Pod) (client, *mesh.Workload) {
+	from := client{addresses: info.Addresses, network: q.proxy.cfg.Network}
+	own := ownWorkload(v, *info, q.id)
+	if own != nil {
+		from.workload = *own
+	}
+	return from, own
+}
+
+// outboundFlow returns the flow of an arrival with a plan. peer is the pod of
+// this node that it goes to without a tunnel, if it does.
+func (q *pod) outboundFlow(a *arrival, plan plan, own *mesh.Workload, peer *pod) *flow {
+	f := &flow{
+		direction: outbound, pod: q, src: endpointOf(a.src), dst: endpointOf(plan.dial), target: endpointOf(plan.authority),
+		source: own, destination: plan.workload, service: plan.service, start: time.Now().UnixNano(),
+	}
+	if !plan.dial.IsValid() {
+		f.dst = endpointOf(a.dst)
+	}
+	if len(plan.peers) > 0 {
+		f.sourceID, f.mutualTLS = &q.id, peer == nil
+	}
+	if peer != nil || plan.hop == passthrough {
+		f.plain = &plainFlow{stats: new(relay.Stats)}
+	}
+	return f
 }
 
 // loops returns an error if a connection to dst would come back here: a
@@ -99,9 +147,19 @@ func (q *pod) loops(info *handoff.Pod, src, dst netip.Addr) error {
 // carry counts and logs a flow around do, and returns why it failed, if it did.
 // A flow that do has given to an event loop is counted and logged by that.
 func (q *pod) carry(f *flow, do func() (carried bool, err error)) error {
+	q.enter(f)
+	return q.goOn(f, do)
+}
+
+// enter writes f into the books, in which it stays until over.
+func (q *pod) enter(f *flow) {
 	q.proxy.telemetry.begin(f)
 	q.proxy.flows.add(f)
 	q.open.Add(1)
+}
+
+// goOn is carry for a flow that is in the books.
+func (q *pod) goOn(f *flow, do func() (carried bool, err error)) error {
 	carried, err := do()
 	if carried {
 		return nil
@@ -126,16 +184,18 @@ func (q *pod) over(f *flow, err error) error {
 // room returns an error if the pod has more connections than it may. One pod
 // must not use up the descriptors of all.
 func (q *pod) room(f *flow) error {
-	limit := int64(q.proxy.cfg.MaxConnections)
-	if q.open.Load() <= limit {
+	if !q.full() {
 		return nil
 	}
-	info := q.info.Load()
+	limit, info := q.proxy.cfg.MaxConnections, q.info.Load()
 	if now := time.Now().UnixNano(); q.complain(now) {
 		q.proxy.cfg.Log.Error("a pod has as many connections as it may: new ones are refused", "pod", info.Name, "namespace", info.Namespace, "limit", limit, "direction", f.direction)
 	}
 	return connectError(fmt.Errorf("refused: the pod %s/%s has %d connections, as many as it may", info.Namespace, info.Name, limit))
 }
+
+// full reports whether the pod has more connections than it may.
+func (q *pod) full() bool { return q.open.Load() > int64(q.proxy.cfg.MaxConnections) }
 
 // complain reports whether a minute has passed since it last did.
 func (q *pod) complain(now int64) bool {
@@ -184,30 +244,36 @@ func (f *flow) copy(ctx context.Context, a, b net.Conn) error {
 	return relay.CopyUntil(ctx, a, b, f.plain.stats, &f.plain.halter)
 }
 
-// tunnel gives c to an event loop, which carries it through a tunnel to one of
-// the plan's peers. There is no way in clear when that fails.
-func (q *pod) tunnel(ctx context.Context, plan plan, f *flow, c *net.TCPConn) (carried bool, err error) {
-	fd, err := loop.Detach(c)
-	if err != nil {
-		return false, connectError(err)
-	}
+// tunnel gives a connection to an event loop, which carries it through a tunnel
+// to one of the plan's peers. There is no way in clear when that fails.
+func (q *pod) tunnel(ctx context.Context, plan plan, f *flow, a *arrival) (carried bool, err error) {
 	opening, cancel := context.WithTimeout(ctx, tunnelTimeout)
 	defer cancel()
+	if err := q.connect(opening, plan, f, a); err != nil {
+		return false, connectError(explain(err))
+	}
+	return true, nil
+}
+
+// connect gives a connection to a tunnel, and waits for one until ctx ends. If it
+// fails the connection is still a's.
+func (q *pod) connect(ctx context.Context, plan plan, f *flow, a *arrival) error {
 	f.counted = true
 	q.conns.Add(1)
-	err = q.proxy.pool.Connect(opening, hbone.Target{
+	err := q.proxy.pool.Connect(ctx, hbone.Target{
 		Owner: q.owner, Source: q.id, Peers: plan.peers, Address: plan.dial,
 	}, plan.authority.String(), hbone.Header{
 		Forwarded:   forwarded(f.src.addrPort()),
 		Baggage:     baggage(f.source, q.proxy.cfg.Cluster),
 		Traceparent: traceparent(),
-	}, &f.conn, fd, f)
+	}, &f.conn, a.fd, f)
 	if err != nil {
+		f.counted = false
 		q.conns.Done()
-		loop.Abort(fd)
-		return false, connectError(explain(err))
+		return err
 	}
-	return true, nil
+	a.take()
+	return nil
 }
 
 // explain says what an answer of the other end means.

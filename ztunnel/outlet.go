@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -29,6 +30,8 @@ const (
 type outlet interface {
 	// Dial connects from inside the namespace, as netns.NS.Dial does.
 	Dial(ctx context.Context, network string, local, remote netip.AddrPort, control func(fd int) error) (*net.TCPConn, error)
+	// Begin begins to connect, as netns.NS.Begin does.
+	Begin(local, remote netip.AddrPort, control func(fd int) error) (fd int, err error)
 	// Holds reports whether a connection to a would stay in the namespace. A
 	// fresh answer costs a question to the kernel. It fails when that cannot
 	// be known.
@@ -132,17 +135,41 @@ func (q *pod) dialApp(ctx context.Context, client netip.Addr, to netip.AddrPort)
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
 	for try := 0; ; try++ {
-		c, err := q.dial(ctx, to, func(fd int) error {
-			if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, localMark); err != nil {
-				return fmt.Errorf("mark socket: %w", err)
-			}
-			return q.bindAs(fd, netip.AddrPortFrom(client, appPort(try, rand.Uint32())))
-		})
+		c, err := q.dial(ctx, to, func(fd int) error { return q.disguise(fd, client, try) })
 		taken := errors.Is(err, errPortTaken) || errors.Is(err, unix.EADDRINUSE) || errors.Is(err, unix.EADDRNOTAVAIL)
 		if !taken || try == appTries {
 			return tuned(c, err)
 		}
 	}
+}
+
+// disguise prepares a socket for dialApp.
+func (q *pod) disguise(fd int, client netip.Addr, try int) error {
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, localMark); err != nil {
+		return fmt.Errorf("mark socket: %w", err)
+	}
+	return q.bindAs(fd, netip.AddrPortFrom(client, appPort(try, rand.Uint32())))
+}
+
+// beginApp is a try of dialApp that does not wait: the connection may be under
+// way when it returns.
+func (q *pod) beginApp(client netip.Addr, to netip.AddrPort) (fd int, err error) {
+	if !q.inUse.TryRLock() { // it is about to be closed
+		return -1, errPodLeft
+	}
+	defer q.inUse.RUnlock()
+	if q.closed {
+		return -1, errPodLeft
+	}
+	return q.out.Begin(netip.AddrPort{}, to, func(fd int) error { return q.disguise(fd, client, 0) })
+}
+
+// finishApp waits for a connection that beginApp has begun, and closes it if it
+// fails.
+func (q *pod) finishApp(ctx context.Context, fd int) (*net.TCPConn, error) {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	return tuned(netns.Finish(ctx, fd))
 }
 
 // appPort chooses the port for a connection in a client's name. It keeps out of
@@ -182,18 +209,14 @@ func (q *pod) bindAs(fd int, client netip.AddrPort) error {
 	if err := unix.Bind(fd, sa); err != nil {
 		return fmt.Errorf("keep the client's address: bind to %v: %w", client, err)
 	}
-	bound, err := unix.Getsockname(fd)
-	if err != nil {
-		return fmt.Errorf("keep the client's address: %w", err)
+	if client.Port() == 0 { // the kernel has chosen
+		bound, err := syscall.Getsockname(fd)
+		if err != nil {
+			return fmt.Errorf("keep the client's address: %w", err)
+		}
+		client = sockAddrPort(bound)
 	}
-	var port int
-	switch b := bound.(type) {
-	case *unix.SockaddrInet4:
-		port = b.Port
-	case *unix.SockaddrInet6:
-		port = b.Port
-	}
-	if q.clients.has(netip.AddrPortFrom(client.Addr(), uint16(port))) {
+	if q.clients.has(client) {
 		return errPortTaken
 	}
 	return nil

@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/weft-mesh/weft/hbone"
 	"github.com/weft-mesh/weft/hbone/loop"
 	"github.com/weft-mesh/weft/identity"
@@ -33,7 +35,7 @@ type pod struct {
 	closed    bool // guarded by inUse
 	out       outlet
 	files     handoff.Files // netns and map; the listeners are below
-	listeners [handoff.Roles]*net.TCPListener
+	listeners [handoff.Roles]listener
 	resolver  *resolver // nil if the pod's name queries are not captured
 	server    *loop.Server
 
@@ -56,15 +58,8 @@ func newPod(p *Proxy, info handoff.Pod, id mesh.Identity, owner string, f handof
 		if file == nil || handoff.Role(r) == handoff.DNS4 || handoff.Role(r) == handoff.DNS6 {
 			continue
 		}
-		l, err := net.FileListener(file)
-		if err == nil {
-			var ok bool
-			if q.listeners[r], ok = l.(*net.TCPListener); !ok {
-				l.Close()
-				err = fmt.Errorf("it is a %T", l)
-			}
-		}
-		if err != nil {
+		var err error
+		if q.listeners[r], err = listen(handoff.Role(r), file); err != nil {
 			q.closeListeners()
 			return nil, fmt.Errorf("open listener %v: %w", handoff.Role(r), err)
 		}
@@ -92,8 +87,8 @@ func newPod(p *Proxy, info handoff.Pod, id mesh.Identity, owner string, f handof
 			},
 			Handshakes: p.handshakes,
 		},
-		Handle: q.serveTunnel,
-		Log:    log,
+		Begin: q.beginTunnel,
+		Log:   log,
 	})
 	for _, file := range f.Listeners { // FileListener has made its own
 		if file != nil {
@@ -103,37 +98,87 @@ func newPod(p *Proxy, info handoff.Pod, id mesh.Identity, owner string, f handof
 	return q, nil
 }
 
-// start accepts on every listener. Each connection has a goroutine.
-func (q *pod) start() {
-	serve := map[handoff.Role]func(*net.TCPConn){
-		handoff.Out4: q.serveOutbound, handoff.Out6: q.serveOutbound,
-		handoff.In4: q.servePlain, handoff.In6: q.servePlain,
-		handoff.HB4: q.serveHBONE, handoff.HB6: q.serveHBONE,
+// listen opens a listening socket a second time, to accept on it.
+func listen(r handoff.Role, file *os.File) (listener, error) {
+	if r == handoff.Out4 || r == handoff.Out6 {
+		d, err := openDoor(file)
+		if err != nil {
+			return nil, err // not a door that is nil
+		}
+		return d, nil
 	}
+	l, err := net.FileListener(file)
+	if err != nil {
+		return nil, err
+	}
+	tcp, ok := l.(*net.TCPListener)
+	if !ok {
+		l.Close()
+		return nil, fmt.Errorf("it is a %T", l)
+	}
+	return tcp, nil
+}
+
+// start accepts on every listener.
+func (q *pod) start() {
 	for r, l := range q.listeners {
-		if l != nil {
-			q.accepts.Go(func() { q.accept(l, serve[handoff.Role(r)]) })
+		switch l := l.(type) {
+		case *door:
+			q.accepts.Go(func() { q.accept(q.nextOutbound(l)) })
+		case *net.TCPListener:
+			serve := q.servePlain
+			if handoff.Role(r) == handoff.HB4 || handoff.Role(r) == handoff.HB6 {
+				serve = q.serveHBONE
+			}
+			q.accepts.Go(func() { q.accept(q.nextInbound(l, serve)) })
 		}
 	}
 	q.resolver.start()
 }
 
-// accept hands connections to serve until l is closed. Serve takes each out of
-// the proxy's count of those that arrive.
-func (q *pod) accept(l *net.TCPListener, serve func(*net.TCPConn)) {
+// nextOutbound returns what accepts one connection of the pod's processes and
+// serves it: at once if that needs no wait, else in a goroutine.
+func (q *pod) nextOutbound(d *door) func() error {
+	return func() error {
+		a, err := d.accept()
+		if err != nil {
+			return err
+		}
+		q.proxy.arriving.Add(1)
+		if rest := q.beginOutbound(a); rest != nil {
+			q.conns.Go(rest)
+		}
+		return nil
+	}
+}
+
+// nextInbound returns what accepts one connection and lets serve have it, in a
+// goroutine. Serve takes it out of the proxy's count of those that arrive.
+func (q *pod) nextInbound(l *net.TCPListener, serve func(*net.TCPConn)) func() error {
+	return func() error {
+		c, err := l.AcceptTCP()
+		if err != nil {
+			return err
+		}
+		q.proxy.arriving.Add(1)
+		q.conns.Go(func() {
+			defer c.Close()
+			if err := tune(c); err != nil { // it is gone already
+				q.proxy.arriving.Add(-1)
+				return
+			}
+			serve(c)
+		})
+		return nil
+	}
+}
+
+// accept calls next until its listener is closed.
+func (q *pod) accept(next func() error) {
 	var complained time.Time
 	for {
-		c, err := l.AcceptTCP()
+		err := next()
 		if err == nil {
-			q.proxy.arriving.Add(1)
-			q.conns.Go(func() {
-				defer c.Close()
-				if err := tune(c); err != nil { // it is gone already
-					q.proxy.arriving.Add(-1)
-					return
-				}
-				serve(c)
-			})
 			continue
 		}
 		if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, net.ErrClosed) || q.serving.Err() != nil {
@@ -232,7 +277,7 @@ func (q *pod) dupFiles() (handoff.Files, error) {
 	f.Blessed, errs[1] = dup(q.files.Blessed)
 	for r, l := range q.listeners {
 		if l != nil {
-			f.Listeners[r], errs[2+r] = l.File()
+			f.Listeners[r], errs[2+r] = dupSocket(l)
 		}
 	}
 	errs[2+handoff.Roles] = q.resolver.dup(&f)
@@ -273,6 +318,23 @@ func sameFile(a, b syscall.Conn) bool {
 		}
 	}
 	return st[0].Dev == st[1].Dev && st[0].Ino == st[1].Ino
+}
+
+// dupSocket returns a copy of a listening socket.
+func dupSocket(c syscall.Conn) (*os.File, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	fd := -1
+	var failed error
+	if err := raw.Control(func(old uintptr) { fd, failed = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
+		return nil, err
+	}
+	if failed != nil {
+		return nil, os.NewSyscallError("fcntl", failed)
+	}
+	return os.NewFile(uintptr(fd), "listener"), nil
 }
 
 func dup(f *os.File) (*os.File, error) {

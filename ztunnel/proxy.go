@@ -108,6 +108,7 @@ type Proxy struct {
 	telemetry  *telemetry
 	flows      registry
 	handshakes *semaphore.Weighted
+	atOnce     context.Context // has ended: for those who do not wait
 	// enter makes the way out of a pod's namespace. Tests replace it.
 	enter func(handoff.Files) (outlet, error)
 
@@ -142,6 +143,9 @@ func New(cfg Config) *Proxy {
 		pods:       make(map[string]*pod),
 		owners:     make(map[string]*pod),
 	}
+	var end context.CancelFunc
+	p.atOnce, end = context.WithCancel(context.Background())
+	end()
 	p.engine = loop.New(loop.Config{Loops: cfg.Loops})
 	p.pool = p.engine.NewPool(loop.PoolConfig{
 		Dial:          p.dialTunnel,

@@ -16,8 +16,7 @@ import (
 // calls if it wants to know.
 func (q *pod) connectApp(ctx context.Context, f *flow, facts authz.Facts) (*net.TCPConn, error) {
 	to := facts.Destination
-	// Of a connection that nobody has proved to be his there is nothing to tell.
-	tell := f.destination != nil && f.destination.AppTunnel.Proxy && !facts.Peer.IsZero()
+	tell := f.toldOf(facts)
 	if tell {
 		if p := f.destination.AppTunnel.Port; p != 0 {
 			to = netip.AddrPortFrom(to.Addr(), p)
@@ -38,6 +37,12 @@ func (q *pod) connectApp(ctx context.Context, f *flow, facts authz.Facts) (*net.
 	}
 	_ = app.SetWriteDeadline(time.Time{}) // as above
 	return app, nil
+}
+
+// toldOf reports whether the application wants to know who calls. Of a
+// connection that nobody has proved to be his there is nothing to tell.
+func (f *flow) toldOf(facts authz.Facts) bool {
+	return f.destination != nil && f.destination.AppTunnel.Proxy && !facts.Peer.IsZero()
 }
 
 // proxyHeader is the header of the PROXY protocol, version 2, for a TCP

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sys/unix"
 
 	"github.com/weft-mesh/weft/identity"
 	"github.com/weft-mesh/weft/internal/handoff"
@@ -183,6 +184,29 @@ func (o *fakeOutlet) Dial(ctx context.Context, network string, _, remote netip.A
 		return nil, err
 	}
 	return c.(*net.TCPConn), nil
+}
+
+// Begin connects as Dial does, and does not wait.
+func (o *fakeOutlet) Begin(_, remote netip.AddrPort, _ func(int) error) (int, error) {
+	o.mu.Lock()
+	o.seen = append(o.seen, remote)
+	if to, ok := o.to[remote]; ok {
+		remote = to
+	}
+	o.mu.Unlock()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, err
+	}
+	err = unix.Bind(fd, &unix.SockaddrInet4{Addr: o.addr.As4()})
+	if err == nil {
+		err = unix.Connect(fd, &unix.SockaddrInet4{Addr: remote.Addr().As4(), Port: int(remote.Port())})
+	}
+	if err != nil && err != unix.EINPROGRESS {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
 }
 
 // route makes target lead to to.

@@ -1,0 +1,130 @@
+package ztunnel
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/weft-mesh/weft/hbone/loop"
+)
+
+// A listener is a listening socket: a *net.TCPListener, or a *door.
+type listener interface {
+	syscall.Conn
+	SetDeadline(time.Time) error // what accepts fails from then on
+	Close() error
+}
+
+// A door is a listening socket whose connections mostly go on in an event loop,
+// so that Go's poller need not hear of each.
+type door struct {
+	*os.File
+	raw syscall.RawConn
+}
+
+// openDoor opens a listening socket a second time. What it accepts inherits
+// that small segments are not held back.
+func openDoor(f *os.File) (*door, error) {
+	fd, err := dupFD(f)
+	if err != nil {
+		return nil, err
+	}
+	// The poller takes only descriptors that do not block.
+	err = errors.Join(unix.SetNonblock(fd, true), unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1))
+	d := &door{File: os.NewFile(uintptr(fd), f.Name())}
+	if err == nil {
+		d.raw, err = d.SyscallConn()
+	}
+	if err == nil {
+		err = d.SetDeadline(time.Time{}) // it fails if the poller has not taken it
+	}
+	if err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// accept waits for the next connection.
+func (d *door) accept() (*arrival, error) {
+	a := &arrival{fd: -1}
+	var from syscall.Sockaddr // package unix would ask the kernel for the protocol, too
+	var failed error
+	err := d.raw.Read(func(fd uintptr) bool {
+		for {
+			a.fd, from, failed = syscall.Accept4(int(fd), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+			// A connection that was aborted in the backlog is no failure.
+			if failed != syscall.EINTR && failed != syscall.ECONNABORTED {
+				return failed != syscall.EAGAIN
+			}
+		}
+	})
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return nil, err
+	case err != nil: // which the poller says in words of its own
+		return nil, fmt.Errorf("%w: %w", net.ErrClosed, err)
+	case failed != nil:
+		return nil, os.NewSyscallError("accept", failed)
+	}
+	to, err := syscall.Getsockname(a.fd)
+	if err != nil {
+		a.refuse()
+		return nil, os.NewSyscallError("getsockname", err)
+	}
+	a.src, a.dst = sockAddrPort(from), sockAddrPort(to)
+	return a, nil
+}
+
+// An arrival is a connection of the pod's processes as accept(2) gives it.
+type arrival struct {
+	fd       int // -1 when it is somebody else's
+	src, dst netip.AddrPort
+}
+
+// take returns the descriptor, which is the caller's from then on.
+func (a *arrival) take() int {
+	fd := a.fd
+	a.fd = -1
+	return fd
+}
+
+// refuse aborts the connection, unless somebody else has it.
+func (a *arrival) refuse() {
+	if a.fd >= 0 {
+		loop.Abort(a.take())
+	}
+}
+
+// conn gives the connection to Go's poller.
+func (a *arrival) conn() (*net.TCPConn, error) {
+	f := os.NewFile(uintptr(a.take()), "tcp")
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, err
+	}
+	tcp, ok := c.(*net.TCPConn)
+	if !ok {
+		c.Close()
+		return nil, errors.New("it is no TCP connection")
+	}
+	return tuned(tcp, nil)
+}
+
+// sockAddrPort returns a as the mesh writes addresses.
+func sockAddrPort(a syscall.Sockaddr) netip.AddrPort {
+	switch a := a.(type) {
+	case *syscall.SockaddrInet4:
+		return netip.AddrPortFrom(netip.AddrFrom4(a.Addr), uint16(a.Port))
+	case *syscall.SockaddrInet6:
+		return netip.AddrPortFrom(netip.AddrFrom16(a.Addr).Unmap(), uint16(a.Port))
+	}
+	return netip.AddrPort{}
+}
