@@ -4,7 +4,6 @@ import (
 	"errors"
 	"net"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/weft-mesh/weft/internal/http2"
@@ -63,7 +62,7 @@ type Config struct {
 type Conn struct {
 	cfg  Config
 	conn net.Conn
-	raw  syscall.RawConn // nil if writes cannot be tried
+	sock socket // conn, if it is one of TCP
 
 	// Of the goroutine of Run.
 	parser  *http2.Parser
@@ -73,6 +72,7 @@ type Conn struct {
 	dataLen int       // of the DATA frame at hand, without what has come of it
 	dataTo  *Stream
 	dirty   []*Conn
+	held    int // bytes that were taken since the last flush
 
 	mu      sync.Mutex // above all that follows
 	streams map[uint32]*Stream
@@ -98,6 +98,7 @@ type Conn struct {
 	over              bool      // and none is open
 	lost              bool      // Ended was called
 	broken            bool      // a write has failed
+	shutting          bool      // the connection is being closed
 	dead              error     // why nothing can be sent any more
 	since             time.Time // without streams since then
 	writers           sync.WaitGroup
@@ -123,9 +124,7 @@ func New(conn net.Conn, cfg Config) *Conn {
 		enc:     newEncoder(),
 	}
 	c.window.Add(http2.InitialWindow)
-	if sc, ok := conn.(*net.TCPConn); ok {
-		c.raw, _ = sc.SyscallConn() // without it all writes are the writer's
-	}
+	c.sock.open(conn, c.flushBatch)
 	settings := []http2.Setting{
 		{ID: http2.InitialWindowSize, Value: uint32(cfg.StreamWindow)},
 		{ID: http2.MaxHeaderListSize, Value: uint32(cfg.List)},
@@ -302,19 +301,25 @@ const smallRead = 2 << 10
 // readPool holds the buffers of connections from which much comes.
 var readPool = sync.Pool{New: func() any { return new([64 << 10]byte) }}
 
-// read takes what comes until the end.
+// maxHeld is how many bytes are taken at most before what they have led to is
+// sent.
+const maxHeld = 64 << 10
+
+// read takes what comes until the end. What it leads to is sent when nothing
+// more is there: so batches grow with the load, and nobody waits for them.
 func (c *Conn) read(first []byte) error {
 	if err := c.take(first); err != nil {
 		return err
 	}
-	var small [smallRead]byte
+	defer c.flushDirty()
+	small := make([]byte, smallRead)
 	var large *[64 << 10]byte
 	for {
-		buf := small[:]
+		buf := small
 		if large != nil {
 			buf = large[:]
 		}
-		n, err := c.conn.Read(buf)
+		n, err := c.receive(buf)
 		if n > 0 {
 			if err := c.take(buf[:n]); err != nil {
 				return err
@@ -333,6 +338,29 @@ func (c *Conn) read(first []byte) error {
 	}
 }
 
+// receive reads what comes next.
+func (c *Conn) receive(buf []byte) (int, error) {
+	if c.sock.raw == nil {
+		// It cannot be known whether more is there.
+		c.flushBatch()
+		return c.conn.Read(buf)
+	}
+	if c.held >= maxHeld {
+		c.flushBatch()
+	}
+	return c.sock.read(buf)
+}
+
+// flushBatch sends what a batch has led to, on all connections.
+func (c *Conn) flushBatch() {
+	if c.held == 0 {
+		return
+	}
+	c.held = 0
+	c.flushDirty()
+	c.Flush()
+}
+
 // readError says why nothing comes any more.
 func (c *Conn) readError(err error) error {
 	c.mu.Lock()
@@ -346,8 +374,9 @@ func (c *Conn) readError(err error) error {
 	return err
 }
 
-// take takes a batch of bytes, and then sends what that has led to.
+// take takes a batch of bytes.
 func (c *Conn) take(in []byte) error {
+	c.held += len(in)
 	now := time.Now()
 	c.mu.Lock()
 	c.now = now
@@ -362,8 +391,6 @@ func (c *Conn) take(in []byte) error {
 		}
 		err = c.frame(f)
 	}
-	c.flushDirty()
-	c.Flush()
 	return err
 }
 

@@ -131,8 +131,7 @@ func (c *Conn) beginData(f http2.Frame) error {
 
 func (c *Conn) onHeaders(f http2.Frame) error {
 	fields, err := c.fields.Read(f.Payload)
-	var ce *http2.ConnError
-	if errors.As(err, &ce) {
+	if err != nil && isLost(err) {
 		return err
 	}
 	end := f.Flags.Has(http2.EndStream)
@@ -157,7 +156,10 @@ func (c *Conn) onHeaders(f http2.Frame) error {
 		c.finished(s)
 		return nil
 	}
-	if err := c.unlocked(func() error { return s.sink.Fields(fields, end) }); err != nil {
+	c.mu.Unlock()
+	err = s.sink.Fields(fields, end)
+	c.mu.Lock()
+	if err != nil {
 		return c.offend(s.id, http2.ProtocolError, err.Error())
 	}
 	if end && s.declared > s.got {
@@ -165,6 +167,12 @@ func (c *Conn) onHeaders(f http2.Frame) error {
 	}
 	c.finished(s)
 	return nil
+}
+
+// isLost reports whether an error is one of the connection.
+func isLost(err error) bool {
+	var ce *http2.ConnError
+	return errors.As(err, &ce)
 }
 
 // unlocked calls f without the mutex.
@@ -206,10 +214,8 @@ func (c *Conn) onHeadOfNone(id uint32, fields []http2.Field, end bool, err error
 	s.id, s.remoteEnd = id, end
 	c.streams[id] = s
 	c.running++
-	var sink Sink
-	var refused error
 	c.mu.Unlock()
-	sink, refused = c.cfg.Accept(s, fields, end, err != nil)
+	sink, refused := c.cfg.Accept(s, fields, end, err != nil)
 	c.mu.Lock()
 	s.sink = sink
 	switch {
@@ -218,7 +224,9 @@ func (c *Conn) onHeadOfNone(id uint32, fields []http2.Field, end bool, err error
 		return c.offend(id, http2.ProtocolError, refused.Error())
 	case c.dead != nil && sink != nil:
 		why := c.dead
-		_ = c.unlocked(func() error { sink.Reset(why); return nil }) // it has none
+		c.mu.Unlock()
+		sink.Reset(why)
+		c.mu.Lock()
 	}
 	return nil
 }

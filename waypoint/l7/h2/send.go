@@ -3,7 +3,6 @@ package h2
 import (
 	"runtime"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/weft-mesh/weft/internal/http2"
@@ -25,6 +24,20 @@ type note struct {
 	n      int
 }
 
+// notesLen is how many notes are made without more memory.
+const notesLen = 128
+
+// notePool holds the memory of notes.
+var notePool = sync.Pool{New: func() any { return new([notesLen]note) }}
+
+// note notes that n bytes have left s, or never will. The mutex is held.
+func (c *Conn) note(source *Stream, n int) {
+	if c.notes == nil {
+		c.notes = notePool.Get().(*[notesLen]note)[:0]
+	}
+	c.notes = append(c.notes, note{source, n})
+}
+
 // takeNotes takes the notes, to be settled without the mutex. The mutex is
 // held.
 func (c *Conn) takeNotes() []note {
@@ -35,15 +48,21 @@ func (c *Conn) takeNotes() []note {
 
 // settle credits streams of other connections. No mutex is held.
 func settle(notes []note) {
-	for i, n := range notes {
-		c := n.source.conn
+	for i := 0; i < len(notes); {
+		c := notes[i].source.conn
 		c.mu.Lock()
-		n.source.credit(n.n)
+		for ; i < len(notes) && notes[i].source.conn == c; i++ {
+			notes[i].source.credit(notes[i].n)
+		}
 		waiting := len(c.out) > 0
 		c.mu.Unlock()
-		if waiting && (i+1 == len(notes) || notes[i+1].source.conn != c) {
+		if waiting {
 			c.Flush()
 		}
+	}
+	if cap(notes) == notesLen {
+		clear(notes)
+		notePool.Put((*[notesLen]note)(notes[:notesLen]))
 	}
 }
 
@@ -185,7 +204,7 @@ func (c *Conn) putData(s *Stream, p []byte, end bool) {
 	c.window.Take(len(p))
 	c.guard.Moved(len(p))
 	if s.source != nil && len(p) > 0 {
-		c.notes = append(c.notes, note{s.source, len(p)})
+		c.note(s.source, len(p))
 	}
 	if end {
 		s.localEnd = true
@@ -303,13 +322,12 @@ func (c *Conn) flush(last bool) {
 
 // leave unlocks the mutex, and closes a connection that has nothing left to do.
 func (c *Conn) leave() {
-	over := c.over && !c.writing && len(c.out) == 0
+	if c.over && !c.writing && len(c.out) == 0 && c.dead == nil {
+		c.shut() // Run returns
+	}
 	notes := c.takeNotes()
 	c.mu.Unlock()
 	settle(notes)
-	if over {
-		_ = c.conn.Close() // Run returns
-	}
 }
 
 // swap takes what is to be written and begins to write. The mutex is held.
@@ -331,11 +349,11 @@ func (c *Conn) written(b []byte, err error) {
 		c.broken = true
 		if c.dead == nil {
 			c.dead = err
+			c.shut() // Run returns and ends the streams
 		}
 		for _, s := range c.streams {
 			s.room.Broadcast()
 		}
-		_ = c.conn.Close() // Run returns and ends the streams
 	}
 	if cap(b) > 4*batch {
 		b = nil
@@ -369,30 +387,24 @@ func putOut(b []byte) {
 
 // try writes as much of b as the socket takes at once.
 func (c *Conn) try(b []byte) (int, error) {
-	if c.raw == nil {
+	if c.sock.raw == nil {
 		return 0, nil
 	}
-	n := 0
-	var failed error
-	err := c.raw.Write(func(fd uintptr) bool {
-		for {
-			k, err := syscall.Write(int(fd), b)
-			switch err {
-			case nil:
-				n = k
-			case syscall.EINTR:
-				continue
-			case syscall.EAGAIN:
-			default:
-				failed = err
-			}
-			return true
-		}
-	})
-	if err == nil {
-		err = failed
+	return c.sock.write(b)
+}
+
+// shut closes the connection. It does not wait: whoever flushes may be the one
+// that reads, and a close waits for the reader. The mutex is held.
+func (c *Conn) shut() {
+	if c.shutting {
+		return
 	}
-	return n, err
+	c.shutting = true
+	c.writers.Add(1)
+	go func() {
+		defer c.writers.Done()
+		_ = c.conn.Close() // nothing that mattered is left
+	}()
 }
 
 // write writes what a flush could not, and what gathers meanwhile. It is a

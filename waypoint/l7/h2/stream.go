@@ -207,7 +207,7 @@ func (s *Stream) gone(why error) {
 	s.dead = why
 	s.credit(s.unread)
 	if n := len(s.pend) - s.off; n > 0 && s.source != nil {
-		s.conn.notes = append(s.conn.notes, note{s.source, n})
+		s.conn.note(s.source, n)
 	}
 	s.pend, s.off, s.trail = nil, 0, nil
 	s.room.Broadcast()
