@@ -109,7 +109,13 @@ func TestServeAlone(t *testing.T) {
 	go func() { done <- serve(ctx, c, t.Output()) }()
 	deadline := time.Now().Add(10 * time.Second)
 	for {
-		if code, _, err := get("http://" + health + "/healthz/live"); err == nil && code == 200 {
+		code, _, err := get("http://" + health + "/healthz/live")
+		for _, other := range []string{admin, stats} { // each has a server of its own
+			if err == nil {
+				_, _, err = get("http://" + other + "/")
+			}
+		}
+		if err == nil && code == 200 {
 			break
 		}
 		select {
