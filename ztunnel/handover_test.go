@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -84,6 +85,10 @@ func (l *dynasty) succeed() int {
 	ready := make(chan struct{})
 	close(ready)
 	taken := make(chan int, 1)
+	eventually(l.t, "the socket of the old one", func() bool {
+		_, err := os.Stat(fmt.Sprint(l.path, l.born-1))
+		return err == nil
+	})
 	go func() {
 		n, err := handover.Take(context.Background(), handover.ClientConfig{
 			Path: fmt.Sprint(l.path, l.born-1), Greeting: handover.Greeting{Instance: "next", Parts: []uint32{PartVersion}},
@@ -215,6 +220,8 @@ func TestHandoverWaitsForHandshakes(t *testing.T) {
 	t.Cleanup(func() { l.Close() })
 	var came atomic.Int64
 	release := make(chan struct{})
+	open := sync.OnceFunc(func() { close(release) })
+	t.Cleanup(open)
 	work.Go(func() {
 		for {
 			c, err := l.Accept()
@@ -243,7 +250,7 @@ func TestHandoverWaitsForHandshakes(t *testing.T) {
 	moved := make(chan int, 1)
 	go func() { moved <- servers.succeed() }()
 	eventually(t, "the end of the old one", old.stoppedNow)
-	close(release)
+	open()
 	if err := roundTrip(c, "hello"); err != nil {
 		t.Error(err)
 	}
