@@ -72,7 +72,7 @@ func (c *conn) Read(p []byte) (int, error) {
 	}
 	if out := c.unsent; out != nil {
 		c.unsent = nil
-		return c.sock.exchange(out, nil, p, c.onSent)
+		return c.sock.exchange(out, nil, p, c.onSent, nil)
 	}
 	return c.sock.Read(p)
 }

@@ -18,6 +18,8 @@ type http1Call struct {
 	// unsent is a request that the read of the answer sends, its head and its
 	// body.
 	unsent [2][]byte
+	onSent func()        // putOut,
+	onRoom func() []byte // and room
 	parser h1.Parser
 	born   int64 // by the coarse clock
 	since  int64 // idle since then
@@ -157,9 +159,8 @@ func (c *http1Call) finish(piece []byte, h *msg.Head) error {
 
 // receive implements call.
 func (c *http1Call) receive(h *msg.Head) error {
-	if c.buf == nil {
-		c.inBuf = bufPool.Get().(*[bufLen]byte)
-		c.buf, c.r, c.w = c.inBuf[:], 0, 0
+	if c.buf == nil && c.unsent[0] == nil {
+		c.room()
 	}
 	for {
 		if c.w > c.r {
@@ -176,7 +177,7 @@ func (c *http1Call) receive(h *msg.Head) error {
 				return nil
 			}
 		}
-		if c.w == len(c.buf) {
+		if c.buf != nil && c.w == len(c.buf) {
 			c.larger()
 		}
 		n, err := c.read()
@@ -197,7 +198,17 @@ func (c *http1Call) read() (int, error) {
 	}
 	out := c.unsent
 	c.unsent = [2][]byte{}
-	return c.sock.exchange(out[0], out[1], c.buf[c.w:], nil)
+	if c.buf != nil {
+		return c.sock.exchange(out[0], out[1], c.buf[c.w:], c.onSent, nil)
+	}
+	return c.sock.exchange(out[0], out[1], nil, c.onSent, c.onRoom)
+}
+
+// room makes room for the head of an answer.
+func (c *http1Call) room() []byte {
+	c.inBuf = bufPool.Get().(*[bufLen]byte)
+	c.buf, c.r, c.w = c.inBuf[:], 0, 0
+	return c.buf
 }
 
 // larger moves a head that is not whole to a large buffer. The parser has

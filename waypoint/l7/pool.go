@@ -66,7 +66,7 @@ func (p *http1Pool) dial(ctx context.Context, x *Exchange) (call, error) {
 	c.parser.Limits.Head = p.e.limits.HeadBytes
 	c.parser.Limits.Fields = 4 * p.e.limits.HeadFields
 	if c.sock = newSocket(conn); c.sock != nil {
-		c.conn = c.sock
+		c.conn, c.onSent, c.onRoom = c.sock, c.putOut, c.room
 	}
 	c.begin(x)
 	return c, nil

@@ -24,8 +24,9 @@ type socket struct {
 	onRead, onWrite, onExchange, onPeek func(fd uintptr) bool
 
 	in, out transfer
-	writing bool   // of an exchange: out is not sent yet
-	sent    func() // of an exchange: is called when out is; may be nil
+	writing bool          // of an exchange: out is not sent yet
+	sent    func()        // of an exchange: is called when out is; may be nil
+	room    func() []byte // of an exchange: where to read to, if in has no place
 	quiet   bool
 	one     [1]byte
 	iov     [2]syscall.Iovec
@@ -90,11 +91,13 @@ func (s *socket) writeTwo(p, more []byte) (int, error) {
 // exchange sends p, and more behind it, and reads into in what comes then: the
 // read waits before anything is sent, for one that is tried right after finds
 // nothing, and costs a system call of each request. sent, if it is not nil, is
-// called as soon as p and more are needed no longer.
-func (s *socket) exchange(p, more, in []byte, sent func()) (int, error) {
-	s.in, s.out, s.writing, s.sent = transfer{p: in}, transfer{p: p, more: more}, true, sent
+// called as soon as p and more are needed no longer; room, if in is nil, when
+// there is something to read: many exchanges that wait need not have buffers,
+// and the few that do not wait find theirs in the processor's cache.
+func (s *socket) exchange(p, more, in []byte, sent func(), room func() []byte) (int, error) {
+	s.in, s.out, s.writing, s.sent, s.room = transfer{p: in}, transfer{p: p, more: more}, true, sent, room
 	err := s.raw.Read(s.onExchange)
-	s.sent = nil
+	s.sent, s.room = nil, nil
 	k, werr := s.out.result("write", nil)
 	n, rerr := s.in.result("read", err)
 	if werr == nil && k < len(p)+len(more) {
@@ -108,6 +111,9 @@ func (s *socket) exchange(p, more, in []byte, sent func()) (int, error) {
 			sent()
 		}
 		if werr == nil && rerr == nil {
+			if in == nil {
+				in = room()
+			}
 			return s.Read(in)
 		}
 	}
@@ -168,6 +174,9 @@ func (s *socket) tryWrite(fd uintptr) bool {
 // there may be something to read.
 func (s *socket) tryExchange(fd uintptr) bool {
 	if !s.writing {
+		if s.in.p == nil {
+			s.in.p = s.room()
+		}
 		return s.tryRead(fd)
 	}
 	s.writing = false

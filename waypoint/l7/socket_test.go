@@ -62,7 +62,7 @@ func TestSocket(t *testing.T) {
 		io.ReadFull(far, b)
 		far.Write(bytes.ToUpper(b))
 	}()
-	n, err := s.exchange([]byte("abc"), []byte("def"), in, func() { calls++ })
+	n, err := s.exchange([]byte("abc"), []byte("def"), in, func() { calls++ }, nil)
 	if string(in[:n]) != "ABCDEF" || err != nil || calls != 1 {
 		t.Errorf("answered %q, %v; told %d times that it was sent", in[:n], err, calls)
 	}
@@ -74,7 +74,7 @@ func TestSocket(t *testing.T) {
 
 	// An interrupted read sends all the same what it was to send before.
 	interrupt(near)
-	if n, err := s.exchange([]byte("late"), nil, in, nil); n != 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
+	if n, err := s.exchange([]byte("late"), nil, in, nil, nil); n != 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("interrupted: %d, %v", n, err)
 	}
 	if n, err := io.ReadFull(far, in[:4]); string(in[:n]) != "late" {
@@ -90,7 +90,7 @@ func TestSocket(t *testing.T) {
 	far.SetLinger(0)
 	far.Close()
 	until(t, "writes fail", func() bool { _, err := s.Write([]byte("x")); return err != nil })
-	if _, err := s.exchange([]byte("x"), nil, in, nil); err == nil {
+	if _, err := s.exchange([]byte("x"), nil, in, nil, nil); err == nil {
 		t.Error("an exchange with nobody succeeds")
 	}
 	near.Close()
@@ -114,7 +114,7 @@ func TestSocketWritesAll(t *testing.T) {
 		io.ReadFull(far, got[len(got)/2:])
 	})
 	in := make([]byte, 16)
-	if n, err := s.exchange(p, more, in, nil); string(in[:n]) != "ok" || err != nil {
+	if n, err := s.exchange(p, more, nil, nil, func() []byte { return in }); string(in[:n]) != "ok" || err != nil {
 		t.Errorf("answered %q, %v", in[:n], err)
 	}
 	if n, err := s.writeTwo(p, more); n != len(p)+len(more) || err != nil {
