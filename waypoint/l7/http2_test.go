@@ -479,6 +479,7 @@ func TestHTTP2Refuses(t *testing.T) {
 		{"a response's field", []string{":method", "GET", ":scheme", "http", ":authority", "cart", ":path", "/", ":status", "200"}},
 		{"pseudo after regular", []string{":method", "GET", ":scheme", "http", "x", "1", ":authority", "cart", ":path", "/"}},
 		{"path twice", []string{":method", "GET", ":scheme", "http", ":authority", "cart", ":path", "/", ":path", "/x"}},
+		{"WebSocket", []string{":method", "CONNECT", ":protocol", "websocket", ":scheme", "http", ":authority", "cart", ":path", "/"}},
 		{"upgrade", []string{":method", "GET", ":scheme", "http", ":authority", "cart", ":path", "/", ":protocol", "websocket"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
