@@ -53,7 +53,7 @@ func given(t *testing.T, in []ServiceEntry) map[mesh.Host]netip.Addr {
 // where names fall on the same, and that a host keeps what it was told
 // whatever else comes: clients know it.
 func TestGivenAddresses(t *testing.T) {
-	const some, all = 1000, 3000 // of 65,535 addresses: many names fall on the same
+	const some, all = 300, 1200 // of 65,535 addresses: names fall on the same
 	entries := entriesOf(all)
 	first := given(t, entries[:some])
 	later := given(t, entries) // those that came are older, and go first
