@@ -359,12 +359,27 @@ func (w *world) publish(name string, client, p *testPod, to uint16, edit func(*m
 	return netip.AddrPortFrom(vip, client.port)
 }
 
-// dial connects as a process of pod p does.
+// dial connects as a process of pod p does. The proxy may refuse a connection
+// before connect has returned, which net.Dial says, and others only notice when
+// they use it: here all do that.
 func (p *testPod) dial(to netip.AddrPort) *net.TCPConn {
 	t := p.node.world.t
 	t.Helper()
-	d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(p.addr, 0)), Timeout: 5 * time.Second}
-	c, err := d.Dial("tcp", to.String())
+	var c net.Conn
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err == nil {
+		err = unix.Bind(fd, &unix.SockaddrInet4{Addr: p.addr.As4()})
+	}
+	if err == nil {
+		if err = unix.Connect(fd, &unix.SockaddrInet4{Addr: to.Addr().As4(), Port: int(to.Port())}); err == unix.ECONNRESET {
+			err = nil
+		}
+	}
+	if err == nil {
+		f := os.NewFile(uintptr(fd), "tcp")
+		c, err = net.FileConn(f)
+		f.Close()
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
