@@ -1,6 +1,8 @@
 package e2e
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -21,17 +23,18 @@ const (
 )
 
 // TestHandover replaces both ztunnels, by rollouts of the DaemonSet, under
-// thousands of connections of every kind, while new ones are made all the time
-// and, in the second half, policies change. Each ztunnel asks for certificates
-// of its own, so those change with every rollout.
+// thousands of connections of every kind, while new ones are made all the time.
+// In the second half policies change too, once a second, and so do
+// certificates: each ztunnel asks for its own. What that half shows has rows of
+// its own.
 func TestHandover(t *testing.T) {
 	freshProxies(t)
 	far, _ := addresses(t, meshed, "far")
 	n := rollouts
 	if s := os.Getenv("WEFT_ROLLOUTS"); s != "" {
 		var err error
-		if n, err = strconv.Atoi(s); err != nil {
-			t.Fatalf("$WEFT_ROLLOUTS: %v", err)
+		if n, err = strconv.Atoi(s); err != nil || n < 2 {
+			t.Fatalf("$WEFT_ROLLOUTS: %q is not a number from 2 on", s)
 		}
 	}
 	held := startVerb(t, meshed, "client", "mixed", "-to", far.String(), "-n", fmt.Sprint(heldConnections))
@@ -52,92 +55,186 @@ func TestHandover(t *testing.T) {
 	timer := time.NewTimer(10 * time.Second)
 	<-timer.C
 	calm[1] = time.Now()
-	var windows [][2]time.Time
-	var stood []time.Duration // longest pause of a tunnel, of each handover
-	for i := range n {
-		if i == n/2 {
+	halves := []*half{{name: "handover", rollouts: n - n/2}, {name: "handover.changing", rollouts: n / 2}}
+	for i, h := range halves {
+		if h.from = time.Now(); i == 1 {
 			changePolicies(t)
 		}
-		from := time.Now()
-		kubectl(t, "rollout", "restart", "-n", "weft-system", "daemonset/ztunnel")
-		kubectl(t, "rollout", "status", "-n", "weft-system", "daemonset/ztunnel", "--timeout=120s")
-		stood = append(stood, inherited(t)...)
-		windows = append(windows, [2]time.Time{from, time.Now()})
-		t.Logf("rollout %d took %v", i+1, time.Since(from).Round(100*time.Millisecond))
+		for range h.rollouts {
+			from := time.Now()
+			kubectl(t, "rollout", "restart", "-n", "weft-system", "daemonset/ztunnel")
+			kubectl(t, "rollout", "status", "-n", "weft-system", "daemonset/ztunnel", "--timeout=120s")
+			h.takeovers = append(h.takeovers, inherited(t)...)
+			h.windows = append(h.windows, [2]time.Time{from, time.Now()})
+			t.Logf("%s: a rollout took %v", h.name, time.Since(from).Round(100*time.Millisecond))
+		}
 	}
 
-	mixed := score.Row{Name: "handover.mixed", Attempted: score.N(heldConnections), Refused: score.N(0), Broken: score.N(0)}
-	var slow []event
-	ended := 0
-	for _, e := range held.end(t) {
-		switch {
-		case e.Load == "slow":
-			slow = append(slow, e)
-			continue
-		case e.Refused:
-			*mixed.Refused++
-		case e.Error != "":
-			*mixed.Broken++
-		}
-		if ended++; e.Error != "" && *mixed.Broken+*mixed.Refused <= 10 {
-			t.Logf("%s, %v after the first rollout: %s", e.Load, time.Unix(0, e.End).Sub(windows[0][0]).Round(time.Millisecond), e.Error)
-		}
+	slow, ended := between(t, halves, held.end(t), news.end(t))
+	var rows []score.Row
+	for _, h := range halves {
+		rows = append(rows, h.judge(t, slow)...)
 	}
-	requests := score.Row{Name: "handover.requests", Attempted: score.N(0), Refused: score.N(0), Broken: score.N(0)}
-	for _, e := range news.end(t) {
-		*requests.Attempted++
-		switch {
-		case e.Refused:
-			*requests.Refused++
-		case e.Error != "":
-			*requests.Broken++
-		}
-	}
-	slices.Sort(stood)
-	p50, p99, worst := pauses(slow, windows...)
 	_, calm99, calmWorst := pauses(slow, calm)
-	t.Logf("%d handovers in %d rollouts under %d connections: %d broken, %d refused; the tunnel that stood still the longest in each: %v", len(stood), n, ended, *mixed.Broken, *mixed.Refused, stood)
-	t.Logf("longest exchange of each talking connection in each rollout: p50 %v, p99 %v, worst %v; in 10 s without one: p99 %v, worst %v", p50, p99, worst, calm99, calmWorst)
-	pause := score.Row{Name: "handover.pause", Attempted: score.N(len(stood)), RecoveredMS: score.N(int(stood[len(stood)-1].Milliseconds()))}
-	score.Record(t, mixed, requests, pause)
-	switch {
-	case ended != heldConnections:
+	t.Logf("longest exchange of each talking connection in 10 s without a rollout: p99 %v, worst %v", calm99, calmWorst)
+	score.Record(t, rows...)
+	if ended != heldConnections {
 		t.Errorf("%d connections told how they ended, want %d", ended, heldConnections)
-	case len(stood) != 2*n:
-		t.Errorf("%d ztunnels took connections over, want one on each node in each of %d rollouts", len(stood), n)
-	}
-	if *mixed.Broken+*mixed.Refused+*requests.Broken+*requests.Refused > 0 {
-		t.Errorf("held %+v: %d broken, %d refused; new: %d broken, %d refused of %d", mixed.Name,
-			*mixed.Broken, *mixed.Refused, *requests.Broken, *requests.Refused, *requests.Attempted)
 	}
 }
 
-// inherited returns the longest pause that each ztunnel saw that has taken
-// tunnels over. It waits for one on each node: the old one ends in its own time.
-func inherited(t *testing.T) (stood []time.Duration) {
+// A half is some rollouts of TestHandover, and what they did.
+type half struct {
+	name     string // of its rows
+	from     time.Time
+	rollouts int
+
+	windows         [][2]time.Time
+	takeovers       []takeover
+	mixed, requests struct{ attempted, refused, broken int }
+}
+
+// between gives each half what ended, or began, in its time: the connections
+// that were held are attempted in each half that they began. It returns the
+// slow exchanges, and how many connections ended in all.
+func between(t *testing.T, halves []*half, held, news []event) (slow []event, ended int) {
+	t.Helper()
+	of := func(at int64) *half {
+		if at >= halves[1].from.UnixNano() {
+			return halves[1]
+		}
+		return halves[0]
+	}
+	told := 0
+	for _, e := range held {
+		if e.Load == "slow" {
+			slow = append(slow, e)
+			continue
+		}
+		ended++
+		h := of(e.End)
+		halves[0].mixed.attempted++
+		if h == halves[1] {
+			h.mixed.attempted++
+		}
+		switch {
+		case e.Refused:
+			h.mixed.refused++
+		case e.Error != "":
+			h.mixed.broken++
+		}
+		if e.Error != "" {
+			if told++; told <= 10 {
+				t.Logf("%s, %v after the first rollout: %s", e.Load, time.Unix(0, e.End).Sub(halves[0].from).Round(time.Millisecond), e.Error)
+			}
+		}
+	}
+	for _, e := range news {
+		h := of(e.Start)
+		h.requests.attempted++
+		switch {
+		case e.Refused:
+			h.requests.refused++
+		case e.Error != "":
+			h.requests.broken++
+		}
+	}
+	return slow, ended
+}
+
+// judge makes the rows of a half, and fails the test if it breaks a promise.
+func (h *half) judge(t *testing.T, slow []event) []score.Row {
+	t.Helper()
+	tunnels, conns, p99, worst := stood(h.takeovers)
+	t.Logf("%s: %d handovers of %d tunnels with %d connections; a connection stood still: p99 %v, worst %v", h.name, len(h.takeovers), tunnels, conns, p99, worst)
+	p50, talk99, talkWorst := pauses(slow, h.windows...)
+	t.Logf("%s: longest exchange of each talking connection in each rollout: p50 %v, p99 %v, worst %v", h.name, p50, talk99, talkWorst)
+	rows := []score.Row{{Name: h.name + ".pause", Attempted: score.N(conns), RecoveredMS: score.N(int(p99.Milliseconds()))}}
+	for name, c := range map[string]struct{ attempted, refused, broken int }{".mixed": h.mixed, ".requests": h.requests} {
+		rows = append(rows, score.Row{Name: h.name + name, Attempted: score.N(c.attempted), Refused: score.N(c.refused), Broken: score.N(c.broken)})
+		if c.broken+c.refused > 0 || c.attempted == 0 {
+			t.Errorf("%s%s: of %d %d broke and %d were refused", h.name, name, c.attempted, c.broken, c.refused)
+		}
+	}
+	if len(h.takeovers) != 2*h.rollouts {
+		t.Errorf("%s: %d ztunnels took connections over, want one on each node in each of %d rollouts", h.name, len(h.takeovers), h.rollouts)
+	}
+	return rows
+}
+
+// A takeover is the tunnels that one ztunnel took over from another.
+type takeover []pausedTunnel
+
+// A pausedTunnel is one of them.
+type pausedTunnel struct {
+	conns int
+	stood time.Duration // how long nobody carried its bytes
+}
+
+// stood sums up how long connections stood still.
+func stood(takeovers []takeover) (tunnels, conns int, p99, worst time.Duration) {
+	all := slices.Concat(takeovers...)
+	for _, one := range all {
+		conns += one.conns
+		worst = max(worst, one.stood)
+	}
+	slices.SortFunc(all, func(a, b pausedTunnel) int { return cmp.Compare(a.stood, b.stood) })
+	below := 0
+	for _, one := range all {
+		if below += one.conns; below*100 >= conns*99 {
+			return len(all), conns, one.stood, worst
+		}
+	}
+	return len(all), conns, worst, worst
+}
+
+// inherited returns what each ztunnel has taken over that runs now. It waits for
+// one on each node: the old one ends in its own time.
+func inherited(t *testing.T) (all []takeover) {
 	t.Helper()
 	poll(t, 30*time.Second, func() error {
-		stood = nil
+		all = nil
 		pods := strings.Fields(kubectl(t, "get", "pods", "-n", "weft-system", "-l", "app=ztunnel", "--field-selector=status.phase=Running", "-o", "name"))
 		for _, p := range pods {
 			for line := range strings.Lines(kubectl(t, "logs", "-n", "weft-system", p, "-c", "istio-proxy")) {
-				_, text, ok := strings.Cut(line, "longest_pause=")
-				if !ok || strings.Contains(line, "tunnels=0") {
+				if !strings.Contains(line, "took over") || strings.Contains(line, "tunnels=0") {
 					continue
 				}
-				d, err := time.ParseDuration(strings.TrimSpace(text))
+				one, err := parseTakeover(line)
 				if err != nil {
 					t.Fatal(err)
 				}
-				stood = append(stood, d)
+				all = append(all, one)
 			}
 		}
-		if len(stood) < 2 {
-			return fmt.Errorf("%d of %d ztunnels took connections over", len(stood), len(pods))
+		if len(all) < 2 {
+			return fmt.Errorf("%d of %d ztunnels took connections over", len(all), len(pods))
 		}
 		return nil
 	})
-	return stood
+	return all
+}
+
+// parseTakeover reads the line of a log that says, for each tunnel, how many
+// connections stood still and how long: pauses=2@1.5ms,3@2ms.
+func parseTakeover(line string) (one takeover, err error) {
+	for f := range strings.FieldsSeq(line) {
+		text, ok := strings.CutPrefix(f, "pauses=")
+		if !ok {
+			continue
+		}
+		for p := range strings.SplitSeq(strings.Trim(text, `"`), ",") {
+			conns, stood, _ := strings.Cut(p, "@")
+			n, err := strconv.Atoi(conns)
+			d, err2 := time.ParseDuration(stood)
+			if err := errors.Join(err, err2); err != nil {
+				return nil, fmt.Errorf("the log of ztunnel: %w in %s", err, line)
+			}
+			one = append(one, pausedTunnel{n, d})
+		}
+		return one, nil
+	}
+	return nil, fmt.Errorf("ztunnel does not say how long connections stood still: %s", line)
 }
 
 // pauses returns what the longest exchanges were that talking connections had
