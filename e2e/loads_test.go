@@ -38,6 +38,11 @@ type event struct {
 	End     int64
 	Refused bool
 	Error   string
+	// Of the verb "press": how many requests were answered meanwhile, what the
+	// longest took in nanoseconds, and what a connection saw.
+	N       int
+	Longest int64
+	Text    string
 }
 
 // A load is the test program at work in a pod. It is started by the container
@@ -144,6 +149,50 @@ func (l *load) served(t *testing.T, after time.Time, paths int) {
 		}
 		return nil
 	})
+}
+
+// told waits until the verb "press" has told of the time up to a moment.
+func (l *load) told(t *testing.T, at time.Time) {
+	t.Helper()
+	poll(t, 30*time.Second, func() error {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		for i := len(l.events) - 1; i >= 0; i-- {
+			if e := l.events[i]; e.Load == "answered" && e.End >= at.UnixNano() {
+				return nil
+			}
+		}
+		return fmt.Errorf("%s tells nothing of what was after %v; the last is %+v", l.name, at, last(l.events))
+	})
+}
+
+// A pressing is what became of the requests of the verb "press" in some time.
+type pressing struct {
+	answered int
+	longest  time.Duration
+	cut      []event // ended without an answer, and were asked again
+	failed   []event
+}
+
+// pressed sums up what was told between two moments.
+func (l *load) pressed(from, to time.Time) (p pressing) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, e := range l.events {
+		if e.End <= from.UnixNano() || e.End > to.UnixNano() {
+			continue
+		}
+		switch e.Load {
+		case "answered":
+			p.answered += e.N
+			p.longest = max(p.longest, time.Duration(e.Longest))
+		case "cut":
+			p.cut = append(p.cut, e)
+		case "failed":
+			p.failed = append(p.failed, e)
+		}
+	}
+	return p
 }
 
 // end lets the loads finish what is under way and returns all events. It may

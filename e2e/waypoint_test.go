@@ -11,8 +11,6 @@ import (
 	"testing"
 	"time"
 
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
 	"github.com/weft-mesh/weft/e2e/install"
 	"github.com/weft-mesh/weft/e2e/score"
 )
@@ -20,11 +18,14 @@ import (
 // behind is the namespace whose services move behind a waypoint.
 const behind = "behind"
 
-// The pods of behind: a client, and a service "web" of two versions.
+// The pods of behind: a client on each node, a service "web" of two versions,
+// and what waypointChanges needs.
 func behindYAML() string {
 	var y strings.Builder
 	y.WriteString(namespaceYAML(behind, "ambient"))
 	y.WriteString(podYAML(behind, "client", "node1", "args: [sleep]"))
+	y.WriteString(podYAML(behind, "client2", "node2", "args: [sleep]"))
+	y.WriteString(shopYAML())
 	for node, version := range map[string]string{"node1": "v1", "node2": "v2"} {
 		y.WriteString(strings.ReplaceAll(podYAML(behind, "web-"+version, node, "args: [server, -text, "+version+"]"),
 			"labels: {app: web-"+version+"}", "labels: {app: web, version: "+version+"}"))
@@ -94,7 +95,13 @@ type asked struct {
 // ask makes requests from behind's client and returns the answers.
 func ask(t *testing.T, args ...string) []asked {
 	t.Helper()
-	out, err := world.c.Kubectl(t.Context(), append([]string{"exec", "-n", behind, "client", "--", "/bin/testapp", "ask"}, args...)...)
+	return askIn(t, behind, args...)
+}
+
+// askIn makes requests from the client of a namespace.
+func askIn(t *testing.T, ns string, args ...string) []asked {
+	t.Helper()
+	out, err := world.c.Kubectl(t.Context(), append([]string{"exec", "-n", ns, "client", "--", "/bin/testapp", "ask"}, args...)...)
 	if err != nil {
 		t.Fatalf("ask %v: %v", args, err)
 	}
@@ -164,7 +171,8 @@ func TestWaypoint(t *testing.T) {
 	gatewayAPI(t)
 	apply(t, behindYAML())
 	ready(t, behind)
-	for _, p := range []string{"client", "web-v1", "web-v2"} {
+	kubectl(t, "rollout", "status", "-n", behind, "deployment/shop", "--timeout=90s")
+	for _, p := range []string{"client", "client2", "web-v1", "web-v2"} {
 		wantCaptured(t, behind, p, true)
 	}
 	v4, _ := clusterIPs(t, behind, "web")
@@ -205,7 +213,8 @@ func TestWaypoint(t *testing.T) {
 	t.Run("direct", func(t *testing.T) { rows = append(rows, waypointDirect(t)) })
 	t.Run("framing", func(t *testing.T) { rows = append(rows, waypointFraming(t)) })
 	t.Run("absent", func(t *testing.T) { rows = append(rows, waypointAbsent(t)) })
-	t.Run("kill", func(t *testing.T) { rows = append(rows, waypointKill(t, requests)) })
+	t.Run("changes", func(t *testing.T) { rows = append(rows, waypointChanges(t)...) })
+	t.Run("enforced", func(t *testing.T) { rows = append(rows, waypointEnforced(t)...) })
 
 	back := startLoad(t, behind, "client", requests...)
 	back.waitReady(t)
@@ -395,39 +404,4 @@ func waypointAbsent(t *testing.T) score.Row {
 	})
 	*row.Blocked++
 	return row
-}
-
-// waypointKill kills one of two replicas under load: only what it had in hands
-// may fail.
-func waypointKill(t *testing.T, requests []string) score.Row {
-	kubectl(t, "scale", "deployment", "-n", behind, "-l", "gateway.networking.k8s.io/gateway-name=waypoint", "--replicas=2")
-	kubectl(t, "rollout", "status", "-n", behind, "deployment/waypoint", "--timeout=60s")
-	l := startLoad(t, behind, "client", requests...)
-	l.waitReady(t)
-	pods, err := world.kube.CoreV1().Pods(behind).List(t.Context(), metav1.ListOptions{LabelSelector: "gateway.networking.k8s.io/gateway-name=waypoint"})
-	if err != nil || len(pods.Items) < 2 {
-		t.Fatalf("%d replicas, %v", len(pods.Items), err)
-	}
-	victim := pods.Items[0]
-	id := strings.TrimPrefix(victim.Status.ContainerStatuses[0].ContainerID, "containerd://")
-	killed := time.Now()
-	if out, err := world.c.NodeCommand(t.Context(), victim.Spec.NodeName, "ctr", "--namespace", "k8s.io", "task", "kill", "--signal", "SIGKILL", id).CombinedOutput(); err != nil {
-		t.Fatalf("kill: %v: %s", err, out)
-	}
-	dead := time.Now()
-	l.served(t, dead.Add(3*time.Second), 1)
-	var after []event
-	cut := 0
-	for _, e := range l.end(t) {
-		switch {
-		case e.Error == "" || e.Load != "requests" || e.Start > dead.UnixNano() || e.End < killed.UnixNano():
-			if e.Load == "requests" {
-				after = append(after, e)
-			}
-		default:
-			cut++ // in the hands of the killed one
-		}
-	}
-	t.Logf("%d requests were in flight", cut)
-	return counted(t, "waypoint.kill", after)
 }
