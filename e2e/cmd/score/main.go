@@ -23,7 +23,7 @@ func main() {
 
 // expected lists the groups that a whole run of the tests records.
 func expected() []string {
-	want := []string{"attack.", "cni.", "netpol.", "churn.", "enrol.", "lifecycle.", "reboot.", "handover.", "waypoint.", "fault.both.away."}
+	want := []string{"attack.", "cni.", "netpol.", "churn.", "enrol.", "lifecycle.", "reboot.", "handover.mixed", "handover.changing.", "waypoint.move.", "waypoint.attack.", "waypoint.kill", "waypoint.change.", "example.", "fault.both.away."}
 	for _, component := range []string{"ztunnel", "agent", "both", "control", "all"} {
 		for _, fault := range []string{"kill", "pause", "restart", "cut"} {
 			want = append(want, "fault."+component+"."+fault+".")
