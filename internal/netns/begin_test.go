@@ -24,7 +24,7 @@ func TestBegin(t *testing.T) {
 	l := a.Listen(":80")
 	l.SetDeadline(time.Now().Add(30 * time.Second))
 	for i := range 20 {
-		to := netip.AddrPortFrom([]netip.Addr{a.V4, a.V6}[i%2], 80)
+		to := netip.AddrPortFrom([]netip.Addr{a.V4, netip.IPv6Loopback()}[i%2], 80)
 		controlled := false
 		fd, err := a.NS.Begin(netip.AddrPort{}, to, func(int) error { controlled = true; return nil })
 		if err != nil {
