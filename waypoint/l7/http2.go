@@ -255,7 +255,7 @@ func (st *http2Stream) silent() {
 	st.interrupt(streamIdle)
 	st.in.fail(errTimedOut)
 	if replied {
-		st.s.Reset(http2.Cancel)
+		st.s.Reset(http2.InternalError) // as abort does: either may be first
 		st.s.Conn().FlushSoon()
 	}
 }

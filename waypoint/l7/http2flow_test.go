@@ -162,6 +162,7 @@ func scenarios() []scenario {
 		{name: "gRPC", h: grpcAnswered("0"), do: gRPC, want: "Grpc-Status:[0]", logged: "200 - via_upstream"},
 		{name: "gRPC that is unavailable", h: grpcAnswered("14"), do: gRPC, want: "Grpc-Status:[14]"},
 		{name: "gRPC in error at once", h: func(w http.ResponseWriter, r *http.Request) {
+			io.Copy(io.Discard, r.Body)
 			w.Header().Set("Content-Type", "application/grpc")
 			w.Header().Set("Grpc-Status", "12")
 		}, do: gRPC, want: "200"},
@@ -210,13 +211,14 @@ func scenarios() []scenario {
 			io.Copy(io.Discard, r.Body)
 			panic(http.ErrAbortHandler)
 		}, do: func(w *world, cc *xhttp2.ClientConn) string {
-			return ask(w.ctx, cc, "POST", "/", strings.NewReader(strings.Repeat("x", 200_000)))
+			return ask(w.ctx, cc, "POST", "/", strings.NewReader(strings.Repeat("x", 400_000)))
 		}, want: "503"},
 		{name: "an answer that is tried again", rule: retry(1, "5xx"), h: sometimes(1, status(503), echoAll), do: func(w *world, cc *xhttp2.ClientConn) string {
 			return ask(w.ctx, cc, "POST", "/", strings.NewReader("again"))
 		}, want: `200 "again"`},
 		{name: "answers that are tried again too often", rule: retry(1, "5xx"), h: status(503), do: get, want: `503 "503"`, logged: "503 URX "},
 		{name: "gRPC that is tried again", rule: retry(1, "unavailable"), h: sometimes(1, func(w http.ResponseWriter, r *http.Request) {
+			io.Copy(io.Discard, r.Body)
 			w.Header().Set("Content-Type", "application/grpc")
 			w.Header().Set("Grpc-Status", "14")
 		}, grpcAnswered("0")), do: gRPC, want: "Grpc-Status:[0]"},
