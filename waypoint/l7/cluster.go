@@ -28,6 +28,7 @@ type cluster struct {
 	key    clusterKey
 	group  *balance.Group
 	policy atomic.Pointer[mesh.TrafficPolicy] // never nil
+	line   line                               // of requests that wait for a connection
 
 	current atomic.Pointer[view.View] // what the endpoints were taken from
 

@@ -5,7 +5,6 @@ import (
 	"net"
 	"time"
 
-	"github.com/weft-mesh/weft/mesh/balance"
 	"github.com/weft-mesh/weft/waypoint/l7/h1"
 	"github.com/weft-mesh/weft/waypoint/l7/msg"
 )
@@ -256,7 +255,7 @@ func (c *http1Call) drop() {
 
 // end closes the connection.
 func (c *http1Call) end() {
-	c.pool.ep.cluster.group.Breaker.Release(balance.Connections)
+	c.pool.ep.cluster.disconnected()
 	_ = c.conn.Close() // nothing of interest is left in it
 }
 
@@ -267,7 +266,7 @@ func (c *http1Call) tunnel() net.Conn {
 	}
 	conn = withUnread(conn, c.buf[c.r:c.w])
 	c.drop()
-	c.pool.ep.cluster.group.Breaker.Release(balance.Connections)
+	c.pool.ep.cluster.disconnected()
 	return conn
 }
 

@@ -8,7 +8,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/weft-mesh/weft/mesh/balance"
 	"github.com/weft-mesh/weft/waypoint/l7/h2"
 )
 
@@ -50,22 +49,34 @@ func newHTTP2Transport(e *Engine, ep *Endpoint) transport { return &http2Pool{e:
 
 // call implements transport.
 func (p *http2Pool) call(ctx context.Context, x *Exchange) (call, error) {
-	full := false // use connections to their last stream
 	c := &http2Call{x: x}
+	err := p.reserve(ctx, c)
+	if err == errOverflow {
+		err = p.ep.cluster.await(ctx, x, nil, func(*http1Call) error { return p.reserve(ctx, c) })
+	}
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// reserve opens a stream for c, and connects if there is no room for it.
+func (p *http2Pool) reserve(ctx context.Context, c *http2Call) error {
+	full := false // use connections to their last stream
 	for {
 		if p.open(c, full) {
-			return c, nil
+			return nil
 		}
 		if full {
-			return nil, errOverflow
+			return errOverflow
 		}
-		err := p.connect(ctx, x)
+		err := p.connect(ctx, c.x)
 		switch {
 		case errors.Is(err, errOverflow):
 			full = true
-		case errors.Is(err, context.Canceled) && ctx.Err() == nil: // another's
+		case errors.Is(err, context.Canceled) && ctx.Err() == nil && c.x.work.why() == running: // another's
 		case err != nil:
-			return nil, err
+			return err
 		}
 	}
 }
@@ -116,6 +127,12 @@ func (p *http2Pool) connect(ctx context.Context, x *Exchange) error {
 	p.mu.Lock()
 	if d := p.dialing; d != nil {
 		p.mu.Unlock()
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		if !x.work.dialing(cancel) {
+			return context.Canceled
+		}
+		defer x.work.dialed()
 		select {
 		case <-d.done:
 			return d.err
@@ -144,21 +161,20 @@ func (p *http2Pool) connect(ctx context.Context, x *Exchange) error {
 
 // dial opens a connection.
 func (p *http2Pool) dial(ctx context.Context, x *Exchange) (*http2Conn, error) {
-	breaker := &p.ep.cluster.group.Breaker
-	if !breaker.Take(balance.Connections) {
+	if !p.ep.cluster.connection() {
 		return nil, errOverflow
 	}
 	conn, err := p.e.dial(ctx, p.ep, x)
 	if err != nil {
-		breaker.Release(balance.Connections)
+		p.ep.cluster.disconnected()
 		return nil, err
 	}
 	hc := &http2Conn{pool: p, net: conn, born: p.e.clock.now.Load()}
-	hc.Conn = h2.New(conn, h2.Config{List: p.e.limits.HeadBytes, Ended: func() {
+	hc.Conn = h2.New(conn, h2.Config{List: p.e.limits.HeadBytes, Room: p.ep.cluster.line.call, Ended: func() {
 		p.mu.Lock()
 		p.drop(hc)
 		p.mu.Unlock()
-		breaker.Release(balance.Connections)
+		p.ep.cluster.disconnected()
 	}})
 	go func() {
 		if err := hc.Run(nil); err != nil {
@@ -166,6 +182,24 @@ func (p *http2Pool) dial(ctx context.Context, x *Exchange) (*http2Conn, error) {
 		}
 	}()
 	return hc, nil
+}
+
+// spare implements transport. The connection ends a little later.
+func (p *http2Pool) spare() bool {
+	p.mu.Lock()
+	var idle *http2Conn
+	for _, hc := range p.conns {
+		if _, ok := hc.Idle(); ok {
+			idle = hc
+			p.drop(hc)
+			break
+		}
+	}
+	p.mu.Unlock()
+	if idle != nil {
+		idle.Drain()
+	}
+	return false
 }
 
 // trim implements transport.

@@ -5,8 +5,6 @@ import (
 	"net"
 	"sync"
 	"time"
-
-	"github.com/weft-mesh/weft/mesh/balance"
 )
 
 // http1Pool is the transport of HTTP/1: connections to one endpoint, each of
@@ -23,18 +21,34 @@ type http1Pool struct {
 
 // call implements transport.
 func (p *http1Pool) call(ctx context.Context, x *Exchange) (call, error) {
+	c, err := p.reserve(ctx, x)
+	if err == errOverflow {
+		err = p.ep.cluster.await(ctx, x, p, func(given *http1Call) (err error) {
+			if c = given; given == nil {
+				c, err = p.reserve(ctx, x)
+			}
+			return err
+		})
+	}
+	if err != nil {
+		return nil, err
+	}
+	c.begin(x)
+	return c, nil
+}
+
+// reserve takes an idle connection, or dials.
+func (p *http1Pool) reserve(ctx context.Context, x *Exchange) (*http1Call, error) {
 	for {
 		c := p.take()
 		if c == nil {
-			break
+			return p.dial(ctx, x)
 		}
 		if c.usable(p) {
-			c.begin(x)
 			return c, nil
 		}
 		c.end()
 	}
-	return p.dial(ctx, x)
 }
 
 // take returns the idle connection that was used last, or nil.
@@ -52,14 +66,13 @@ func (p *http1Pool) take() *http1Call {
 }
 
 // dial opens a connection.
-func (p *http1Pool) dial(ctx context.Context, x *Exchange) (call, error) {
-	breaker := &p.ep.cluster.group.Breaker
-	if !breaker.Take(balance.Connections) {
+func (p *http1Pool) dial(ctx context.Context, x *Exchange) (*http1Call, error) {
+	if !p.ep.cluster.connection() {
 		return nil, errOverflow
 	}
 	conn, err := p.e.dial(ctx, p.ep, x)
 	if err != nil {
-		breaker.Release(balance.Connections)
+		p.ep.cluster.disconnected()
 		return nil, err
 	}
 	c := &http1Call{pool: p, conn: conn, born: p.e.clock.now.Load()}
@@ -68,15 +81,21 @@ func (p *http1Pool) dial(ctx context.Context, x *Exchange) (call, error) {
 	if c.sock = newSocket(conn); c.sock != nil {
 		c.conn, c.onSent, c.onRoom = c.sock, c.putOut, c.room
 	}
-	c.begin(x)
 	return c, nil
 }
 
-// put keeps c for later.
+// put keeps c for later, or gives it to who waits for one.
 func (p *http1Pool) put(c *http1Call) {
 	c.since = p.e.clock.now.Load()
 	p.mu.Lock()
 	closed := p.closed
+	if !closed && p.ep.cluster.line.waiting.Load() > 0 {
+		if p.ep.cluster.line.give(c) {
+			p.mu.Unlock()
+			return
+		}
+		closed = true // another endpoint may have it in its stead
+	}
 	if !closed {
 		p.idle = append(p.idle, c)
 	}
@@ -84,6 +103,21 @@ func (p *http1Pool) put(c *http1Call) {
 	if closed {
 		c.end()
 	}
+}
+
+// spare implements transport.
+func (p *http1Pool) spare() bool {
+	p.mu.Lock()
+	var c *http1Call
+	if len(p.idle) > 0 {
+		c = p.idle[0]
+		p.idle = append([]*http1Call(nil), p.idle[1:]...)
+	}
+	p.mu.Unlock()
+	if c != nil {
+		c.end()
+	}
+	return c != nil
 }
 
 // trim implements transport.

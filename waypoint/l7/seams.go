@@ -96,6 +96,9 @@ type transport interface {
 	// trim closes connections that have been idle since before the given
 	// nanoseconds of the coarse clock.
 	trim(before int64)
+	// spare closes an idle connection, if there is one, to make room for
+	// another endpoint's, and reports whether the room is there already.
+	spare() bool
 	// close closes the idle connections, and those in use when they become
 	// idle.
 	close()

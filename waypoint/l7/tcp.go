@@ -41,12 +41,11 @@ func (e *Engine) connect(x *Exchange, c *conn) error {
 		x.Flags |= outcomes[f.kind].flag
 		return f
 	}
-	breaker := &x.cluster.group.Breaker
-	if !breaker.Take(balance.Connections) {
+	if !x.cluster.connection() {
 		x.Flags |= FlagOverflow
 		return errOverflow
 	}
-	defer breaker.Release(balance.Connections)
+	defer x.cluster.disconnected()
 	ep, f := e.pick(x)
 	if f != nil {
 		x.Flags |= outcomes[f.kind].flag

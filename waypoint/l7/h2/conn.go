@@ -48,6 +48,9 @@ type Config struct {
 	// Ended is called when the connection is over and all streams have ended. It
 	// may be nil, and must not wait.
 	Ended func()
+	// Room is called when a stream has ended, so that another may begin. It may
+	// be nil, must not wait, and must not call the Conn: its mutex is held.
+	Room func()
 	// Streams that the peer may have open; 0 is 256.
 	Streams int
 	// StreamWindow and ConnWindow are the receive windows in bytes; 0 is 256

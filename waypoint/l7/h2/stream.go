@@ -164,6 +164,7 @@ func (s *Stream) Reset(code http2.ErrCode) {
 	if s.id == 0 {
 		c.reserved--
 		c.drained()
+		c.freed()
 	} else {
 		c.out = http2.AppendRSTStream(c.out, s.id, code)
 		c.closed.add(s.id, resetHere)
@@ -237,4 +238,12 @@ func (c *Conn) remove(s *Stream) {
 		c.since = c.now
 	}
 	c.drained()
+	c.freed()
+}
+
+// freed tells that there is room for another stream. The mutex is held.
+func (c *Conn) freed() {
+	if c.cfg.Room != nil {
+		c.cfg.Room()
+	}
 }
