@@ -325,6 +325,22 @@ func TestHTTP2BackendResets(t *testing.T) {
 	})
 }
 
+// An endpoint resets a call of gRPC when the time is over that the client has
+// given it, and the client is told that it is this.
+func TestGRPCDeadline(t *testing.T) {
+	for timeout, want := range map[string]string{"50m": "4", "49999u": "4", "51m": "14", "8S": "14", "": "14", "50": "14", "x50m": "14", "123456789n": "14"} {
+		in2(t, "timeout "+timeout, func(t *testing.T, w *world, cc *xhttp2.ClientConn) {
+			resp, _ := w.do(cc, "POST", "/", "", "Content-Type", "application/grpc", "Grpc-Timeout", timeout)
+			if got := resp.Header.Get("Grpc-Status"); got != want {
+				t.Errorf("with a timeout of %q the status is %q, want %q", timeout, got, want)
+			}
+		}, func(http.ResponseWriter, *http.Request) {
+			time.Sleep(50 * time.Millisecond)
+			panic(http.ErrAbortHandler)
+		})
+	}
+}
+
 func TestHTTP2LocalAnswers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)

@@ -304,6 +304,15 @@ func (e *Engine) failed(x *Exchange, cl client, f *tryError) bool {
 	if f.kind == failedRequest {
 		x.work.last = true
 	}
+	if (f.kind == failedReset || f.kind == failedClosed) && x.GRPC && overdue(x, time.Now()) {
+		// Servers of gRPC give up at the client's deadline, and may be faster
+		// with that than the client.
+		x.Answer(200, "", 0, o.details)
+		msg.Set(&x.Response, "content-type", "application/grpc")
+		msg.Set(&x.Response, "grpc-status", "4")
+		msg.Set(&x.Response, "grpc-message", "deadline exceeded")
+		return e.local(x, cl)
+	}
 	x.Answer(o.status, o.body, 0, o.details)
 	if f.kind == failedOverflow {
 		msg.Append(&x.Response, "x-envoy-overloaded", "true")
