@@ -24,7 +24,7 @@ import (
 const (
 	churnPods     = 1000
 	churnLeast    = 250             // also where they take longer than churnFor
-	churnFor      = 4 * time.Minute // two processors make and delete about 1.5 pods a second
+	churnFor      = 3 * time.Minute // two processors make and delete about 1.5 pods a second
 	churnParallel = 12              // on each node
 	churnAccounts = 8
 )
