@@ -166,14 +166,16 @@ func (k *keeper) release(ctx context.Context, m *member, why string) error {
 		return err
 	}
 	k.withdraw(m)
+	// First: what it does in the background must not pin what is about to be
+	// forgotten.
+	if err := m.captive.close(); err != nil {
+		k.log.Warn("closing the files of a pod failed", "pod", m.pod.Namespace+"/"+m.pod.Name, "error", err)
+	}
 	if err := c.forget(m.pod.UID); err != nil {
 		return k.failed(ctx, nil, m.pod, "forget", err)
 	}
 	k.drop(ctx, m)
 	m.sandbox.close()
-	if err := m.captive.close(); err != nil {
-		k.log.Warn("closing the files of a pod failed", "pod", m.pod.Namespace+"/"+m.pod.Name, "error", err)
-	}
 	k.log.Info("let go of a pod", "pod", m.pod.Namespace+"/"+m.pod.Name, "why", why)
 	return nil
 }

@@ -46,6 +46,7 @@ type world struct {
 	dead      map[uint64]bool
 	pins      []string
 	open      int                     // captives that were not closed
+	held      map[string]int          // the same for each pod
 	modes     map[string]capture.Mode // how pods were attached last, by UID
 	dns       map[string]bool         // whether their DNS requests are captured
 }
@@ -53,7 +54,7 @@ type world struct {
 func newWorld(t *testing.T, objects ...runtime.Object) *world {
 	w := &world{
 		t: t, client: fake.NewClientset(objects...), log: &bytes.Buffer{},
-		fail: map[string]error{}, block: map[string]chan struct{}{}, sandboxes: map[string]uint64{}, dead: map[uint64]bool{}, modes: map[string]capture.Mode{}, dns: map[string]bool{},
+		fail: map[string]error{}, block: map[string]chan struct{}{}, sandboxes: map[string]uint64{}, dead: map[uint64]bool{}, modes: map[string]capture.Mode{}, dns: map[string]bool{}, held: map[string]int{},
 	}
 	w.client.PrependReactor("patch", "pods", func(a clienttesting.Action) (bool, runtime.Object, error) {
 		p := a.(clienttesting.PatchAction)
@@ -212,11 +213,18 @@ func (c fakeCapturer) prepare(_ context.Context, uid string, s *sandbox, dns boo
 	if err := c.w.note(entry); err != nil {
 		return nil, err
 	}
-	c.w.set(func() { c.w.open++ })
+	c.w.set(func() { c.w.open++; c.w.held[uid]++ })
 	return &fakeCaptive{c.w, uid}, nil
 }
 func (c fakeCapturer) pinned() ([]string, error) { return c.w.pins, nil }
-func (c fakeCapturer) forget(uid string) error   { return c.w.note("forget " + uid) }
+func (c fakeCapturer) forget(uid string) error {
+	c.w.set(func() {
+		if c.w.held[uid] > 0 {
+			c.w.t.Errorf("pod %s is forgotten while its capture may still be pinning", uid)
+		}
+	})
+	return c.w.note("forget " + uid)
+}
 
 type fakeCaptive struct {
 	w   *world
@@ -242,7 +250,7 @@ func (p *fakeCaptive) detach(context.Context) error  { return p.w.note("detach "
 func (p *fakeCaptive) drained(context.Context) error { return nil }
 func (p *fakeCaptive) mend() ([]string, error)       { return nil, p.w.note("mend " + p.uid) }
 func (p *fakeCaptive) close() error {
-	p.w.set(func() { p.w.open-- })
+	p.w.set(func() { p.w.open--; p.w.held[p.uid]-- })
 	return nil
 }
 
