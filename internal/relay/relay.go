@@ -215,6 +215,7 @@ type counter struct {
 	n *atomic.Int64
 }
 
+// Write implements io.Writer.
 func (c counter) Write(p []byte) (int, error) {
 	n, err := c.w.Write(p)
 	c.n.Add(int64(n))

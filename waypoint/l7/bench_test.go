@@ -6,7 +6,13 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"testing"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/weft-mesh/weft/mesh"
+	"github.com/weft-mesh/weft/mesh/view"
 )
 
 // loop serves one client over TCP, and returns what makes one request and reads
@@ -110,4 +116,30 @@ func BenchmarkGet(b *testing.B) {
 	for b.Loop() {
 		one()
 	}
+}
+
+// tcpDialer dials the loopback address.
+type tcpDialer struct{ to netip.AddrPort }
+
+func (d tcpDialer) Dial(ctx context.Context, _ Target) (net.Conn, error) {
+	var n net.Dialer
+	return n.DialContext(ctx, "tcp", d.to.String())
+}
+
+// benchEngine returns an engine with 200 routes, metrics and an access log.
+func benchEngine(to netip.AddrPort, log io.Writer) (*Engine, error) {
+	var rules []mesh.Rule
+	for i := range 200 {
+		rules = append(rules, mesh.Rule{Name: fmt.Sprint("r", i), Backends: []mesh.Backend{{Weight: 1}},
+			Matches: []mesh.RequestMatch{{Path: &mesh.PathMatch{Kind: mesh.PathSegment, Value: fmt.Sprintf("/api/v1/res%d", i)}}}})
+	}
+	rules = append(rules, toCart(nil))
+	store := &view.Store{}
+	ws := []mesh.Workload{workload("a", "10.0.0.1", cart), workload("b", "10.0.0.2", cart)}
+	ss := []mesh.Service{service(cart, "http")}
+	wp := mesh.Name{Namespace: "shop", Name: "waypoint"}
+	store.Set(view.WithL7("1", pointersTo(ws), pointersTo(ss), nil, view.L7{
+		Waypoints: []*mesh.Waypoint{{Name: wp, For: "service", AccessLog: "text"}},
+		Routes:    []*mesh.Route{{RouteKey: mesh.RouteKey{Service: cart, Port: 80, Protocol: mesh.RouteHTTP}, Rules: rules}}}))
+	return New(Config{Store: store, Dialer: tcpDialer{to}, Waypoint: wp, AccessLog: log, Metrics: prometheus.NewRegistry()})
 }

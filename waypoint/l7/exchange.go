@@ -86,8 +86,8 @@ type Exchange struct {
 	// Start is when the first byte of the request had come, End when the last
 	// byte of the response had gone. Sent is when the request's head went to
 	// the endpoint for the last time, Answered when its final head came: zero if
-	// they did not. FirstByte is when the response's head went to the client.
-	Start, Sent, Answered, FirstByte, End time.Time
+	// they did not.
+	Start, Sent, Answered, End time.Time
 	// Attempts counts how often the request was sent to endpoints.
 	Attempts int
 

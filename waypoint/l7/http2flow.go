@@ -221,7 +221,6 @@ func (st *http2Stream) reply(up *h2.Conn) {
 	}
 	last := h.Body == msg.NoBody
 	x.work.replied.Store(true)
-	x.FirstByte = x.Answered
 	x.moved()
 	if err := st.s.Head(h, last); err != nil {
 		st.breakOff(&tryError{kind: failedClient, cause: err})

@@ -39,7 +39,6 @@ func (e *Engine) reply(x *Exchange, cl client, c call) (keep bool) {
 		}
 	}
 	x.work.replied.Store(true)
-	x.FirstByte = time.Now()
 	x.ResponseBytes = int64(len(piece))
 	if err := cl.respond(x, piece, end, x.work.last); err != nil {
 		return e.brokenOff(x, cl, c, &tryError{kind: failedClient, cause: err})
@@ -132,7 +131,6 @@ func (e *Engine) brokenOff(x *Exchange, cl client, c call, f *tryError) bool {
 // tunnel joins the client and the endpoint after an upgrade, or after CONNECT.
 func (e *Engine) tunnel(x *Exchange, cl client, c call) {
 	x.work.settle()
-	x.FirstByte = time.Now()
 	if err := cl.respond(x, nil, true, false); err != nil {
 		e.brokenOff(x, cl, c, &tryError{kind: failedClient, cause: err})
 		return
@@ -179,7 +177,6 @@ func (e *Engine) local(x *Exchange, cl client) (keep bool) {
 	if h.Body == msg.Sized {
 		piece = append(x.Response.Added[len(x.Response.Added):], body...)
 	}
-	x.FirstByte = time.Now()
 	x.ResponseBytes = int64(len(piece))
 	x.work.replied.Store(true)
 	if err := cl.respond(x, piece, true, x.work.last); err != nil {
