@@ -51,11 +51,11 @@ func Build(ctx context.Context, w io.Writer) (Artifacts, error) {
 	}
 	out := filepath.Join(root, "out")
 	a := Artifacts{CLI: filepath.Join(out, "bin", "weft")}
-	if err := goRun(ctx, w, "the weft command", root, "build", "-trimpath", "-ldflags", "-s -w -X main.version="+Tag, "-o", a.CLI, "./cmd/weft"); err != nil {
+	if err := Make(ctx, w, "the weft command", root, "go", "build", "-trimpath", "-ldflags", "-s -w -X main.version="+Tag, "-o", a.CLI, "./cmd/weft"); err != nil {
 		return Artifacts{}, fmt.Errorf("build the weft command: %w", err)
 	}
 	images := filepath.Join(out, "images")
-	if err := goRun(ctx, w, "the images of weft-control, weft-node and ztunnel", root, "run", "-trimpath", "./deploy/images", "-registry", Registry, "-tag", Tag, "-o", images); err != nil {
+	if err := Make(ctx, w, "the images of weft-control, weft-node and ztunnel", root, "go", "run", "-trimpath", "./deploy/images", "-registry", Registry, "-tag", Tag, "-o", images); err != nil {
 		return Artifacts{}, fmt.Errorf("build the images: %w", err)
 	}
 	a.Images, err = filepath.Glob(filepath.Join(images, "*.tar"))
@@ -65,11 +65,12 @@ func Build(ctx context.Context, w io.Writer) (Artifacts, error) {
 	return a, err
 }
 
-// goRun runs the go command in dir and says every ten seconds that it still
-// does: cold, it compiles for minutes.
-func goRun(ctx context.Context, w io.Writer, what, dir string, args ...string) error {
+// Make runs a program in dir, which makes what, and says every ten seconds that
+// it still does: cold, the go command compiles for minutes. The error has what
+// the program printed.
+func Make(ctx context.Context, w io.Writer, what, dir string, argv ...string) error {
 	start := time.Now()
-	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	var out bytes.Buffer
@@ -85,7 +86,7 @@ func goRun(ctx context.Context, w io.Writer, what, dir string, args ...string) e
 		select {
 		case err := <-done:
 			if err != nil {
-				return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out.Bytes())
+				return fmt.Errorf("%s: %w\n%s", strings.Join(argv, " "), err, out.Bytes())
 			}
 			fmt.Fprintf(w, "        built %s in %v\n", what, time.Since(start).Round(100*time.Millisecond))
 			return nil

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -16,6 +15,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"github.com/weft-mesh/weft/e2e/install"
 )
 
 // echoImage is the one that the suite's manifests name.
@@ -45,7 +46,7 @@ func (r *runner) build(ctx context.Context) (archive string, err error) {
 		{"the image of its pods", r.root, []string{"go", "run", "./deploy/images", "-name", echoImage, "-entrypoint", "/bin/server",
 			"-add", bin + "server:/bin/server", "-add", bin + "client:/bin/client", "-add", cert + ":/cert.crt", "-add", key + ":/cert.key", "-o", archive}},
 	} {
-		if err := command(ctx, s.what, s.dir, s.argv...); err != nil {
+		if err := install.Make(ctx, os.Stdout, s.what, s.dir, s.argv...); err != nil {
 			return "", fmt.Errorf("build %s: %w", s.what, err)
 		}
 	}
@@ -96,34 +97,4 @@ func (r *runner) prepare(ctx context.Context, archive string) error {
 	_, err = r.c.Kubectl(ctx, "wait", "--for=condition=Established", "--timeout=60s",
 		"crd/gateways.gateway.networking.k8s.io", "crd/httproutes.gateway.networking.k8s.io", "crd/grpcroutes.gateway.networking.k8s.io")
 	return err
-}
-
-// command runs a program, says every ten seconds that it still does, and
-// returns what it printed if it fails.
-func command(ctx context.Context, what, dir string, argv ...string) error {
-	start := time.Now()
-	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
-	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	if err := cmd.Start(); err != nil {
-		return err
-	}
-	done := make(chan error, 1)
-	go func() { done <- cmd.Wait() }()
-	tick := time.NewTicker(10 * time.Second)
-	defer tick.Stop()
-	for {
-		select {
-		case err := <-done:
-			if err != nil {
-				return fmt.Errorf("%s: %w\n%s", strings.Join(argv, " "), err, out.Bytes())
-			}
-			fmt.Printf("        built %s in %v\n", what, time.Since(start).Round(100*time.Millisecond))
-			return nil
-		case <-tick.C:
-			fmt.Printf("        building %s ... %v\n", what, time.Since(start).Round(time.Second))
-		}
-	}
 }
