@@ -111,13 +111,11 @@ func brokenRoute(name string, _ *mesh.Route, why error) *mesh.Route {
 	service, rest, ok := cutService(name, ":")
 	port, protocol, ok2 := strings.Cut(rest, "/")
 	n, err := strconv.ParseUint(port, 10, 16)
-	if !ok || !ok2 || err != nil {
-		return nil // no route is looked up by such a name
+	key := mesh.RouteKey{Service: service, Port: uint16(n), Protocol: mesh.RouteProtocol(protocol)}
+	if !ok || !ok2 || err != nil || key.String() != name {
+		return nil // no route has such a name: port "08" must not stand in for 8
 	}
-	return &mesh.Route{
-		RouteKey: mesh.RouteKey{Service: service, Port: uint16(n), Protocol: mesh.RouteProtocol(protocol)},
-		Broken:   "this proxy does not understand the route: " + why.Error(),
-	}
+	return &mesh.Route{RouteKey: key, Broken: "this proxy does not understand the route: " + why.Error()}
 }
 
 // brokenTrafficPolicy answers 503 at the key that the name is.
@@ -125,13 +123,14 @@ func brokenTrafficPolicy(name string, _ *mesh.TrafficPolicy, why error) *mesh.Tr
 	service, rest, ok := cutService(name, "|")
 	subset, port, ok2 := strings.Cut(rest, "|")
 	n, err := strconv.ParseUint(port, 10, 16)
-	if !ok || !ok2 || err != nil {
-		return nil
-	}
-	return &mesh.TrafficPolicy{
+	p := &mesh.TrafficPolicy{
 		Service: service, Subset: subset, Port: uint16(n),
 		Broken: "this proxy does not understand the traffic policy: " + why.Error(),
 	}
+	if !ok || !ok2 || err != nil || p.Key() != name {
+		return nil
+	}
+	return p
 }
 
 // cutService cuts "namespace/host" off the start of a key.

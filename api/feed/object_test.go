@@ -282,6 +282,8 @@ func FuzzObject(f *testing.F) {
 	good := must(json.Marshal(routeTo("cart", "till")))
 	for _, url := range ofRequests() {
 		f.Add(url, "shop/cart:80/http", good)
+		f.Add(url, "shop/cart:08/http", good)
+		f.Add(url, "shop/cart|v1|080", good)
 		f.Add(url, "shop/cart|v1|80", []byte(`{"service":{"namespace":"shop","host":"cart"},"subset":"v1","port":80}`))
 		f.Add(url, "shop/p", []byte(`{"name":{"namespace":"shop","name":"p"},"targets":[{}]}`))
 	}
