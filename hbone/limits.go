@@ -11,8 +11,8 @@ import (
 type Limits struct {
 	// StreamWindow is what a peer may send on a new stream before anyone has
 	// read it: 256 KiB, and at least 64 KiB. It doubles up to MaxStreamWindow
-	// (4 MiB) as often as a whole window has been read, so only streams that
-	// are read get more.
+	// (4 MiB) as often as a whole window has been read while not more than half
+	// of one was unread: so only streams whose reader keeps up get more.
 	StreamWindow, MaxStreamWindow int
 	// ConnWindow is what a peer may send on the whole tunnel before we have
 	// received it: 16 MiB. It is given back on receipt, not when it is read,

@@ -325,7 +325,8 @@ func (t *Tunnel) Consumed(id uint32, n int) {
 		return
 	}
 	s.receive.Credit(n)
-	if s.receive.Size() < t.limits.MaxStreamWindow {
+	// For one who does not keep up, more window would be more that waits here.
+	if size := s.receive.Size(); size < t.limits.MaxStreamWindow && s.receive.Unread() <= size/2 {
 		s.read += int32(n)
 	}
 	if s.read > 0 && int(s.read) >= s.receive.Size() {

@@ -624,6 +624,37 @@ func TestStreamWindowGrowsOnlyWhenRead(t *testing.T) {
 	}
 }
 
+// TestStreamWindowStaysForASlowReader lets a peer send all it may to one who
+// reads all of it, but never so much that half of the window is free. More
+// window would not make him faster.
+func TestStreamWindowStaysForASlowReader(t *testing.T) {
+	f := greeted(t, ServerRole, Limits{StreamWindow: 65535, MaxStreamWindow: 4 * 65535})
+	f.auto = accept
+	f.connect(1)
+	f.must(f.feed())
+	f.answers()
+	may, unread := 65535, 0
+	for range 200 {
+		for may >= 1000 {
+			f.must(f.fr.WriteData(1, false, make([]byte, 1000)))
+			may -= 1000
+			unread += 1000
+		}
+		f.must(f.feed())
+		f.tunnel.Consumed(1, 20000)
+		unread -= 20000
+		for _, w := range f.answers() {
+			var n int
+			if _, err := fmt.Sscanf(w, "WINDOW 1 %d", &n); err == nil {
+				may += n
+			}
+		}
+	}
+	if got := may + unread; got > 65535 {
+		t.Errorf("%d bytes may be unread, want at most the first window of 65535", got)
+	}
+}
+
 func TestPing(t *testing.T) {
 	f := greeted(t, ClientRole, Limits{})
 	if f.must(f.tunnel.Tick(epoch.Add(9 * time.Second))); len(f.answers()) != 0 {

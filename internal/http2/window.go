@@ -49,6 +49,9 @@ func (w *ReceiveWindow) Receive(n int) bool {
 	return true
 }
 
+// Unread returns how many received bytes were not yet credited.
+func (w *ReceiveWindow) Unread() int { return int(w.size - w.left - w.owing) }
+
 // Credit notes that n received bytes were taken, to be announced later.
 func (w *ReceiveWindow) Credit(n int) { w.owing += int32(n) }
 
