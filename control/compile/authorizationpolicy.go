@@ -74,7 +74,7 @@ func (w *World) authorizationPolicy(ap AuthorizationPolicy) (*mesh.Policy, Condi
 }
 
 // errBoth refuses a policy that says twice where it is enforced.
-var errBoth = errors.New("spec.selector and spec.targetRefs exclude each other")
+var errBoth = errors.New("spec has both selector and targetRefs, of which it can have one")
 
 // An enforcement says where a policy is enforced, and by whom.
 type enforcement struct {
@@ -108,7 +108,7 @@ func (s Settings) enforce(ap AuthorizationPolicy, e enforcement) (*mesh.Policy, 
 			Message: e.by + " does not support the CUSTOM action and cannot ask an external authorizer, so every " + e.what + " to " + e.where + " is denied. " +
 				"Use ALLOW or DENY."}
 	default:
-		return denyAll(p), e.invalid("spec.action %d is not known, so every %s to %s is denied", action, e.what, e.where)
+		return denyAll(p), e.invalid("spec.action is %d, which is not known, so every %s to %s is denied", action, e.what, e.where)
 	}
 
 	c := ruleCompiler{namespace: ap.Name.Namespace, deny: action == securityv1.AuthorizationPolicy_DENY, waypoint: e.waypoint}

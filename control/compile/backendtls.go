@@ -22,9 +22,10 @@ func (w *World) compileBackendTLS(in Inputs) {
 	services := kubeServices(in.Services)
 	taken := map[string]mesh.Name{} // by service and section
 	for _, p := range oldestFirst(in.BackendTLSPolicies) {
-		tls, resolved, broken := readBackendTLS(p, in.ConfigMaps)
+		found := checkBackendTLS(p)
+		tls, resolved, broken := readBackendTLS(p, found, in.ConfigMaps)
 		out := Status{Kind: KindBackendTLSPolicy, Name: p.Name, Generation: p.Generation}
-		for _, ref := range p.Spec.TargetRefs {
+		for i, ref := range p.Spec.TargetRefs {
 			parent := gatewayv1.ParentReference{Group: &ref.Group, Kind: &ref.Kind, Name: ref.Name, SectionName: ref.SectionName}
 			cond := Condition{Type: Accepted, OK: true, Reason: string(gatewayv1.PolicyReasonAccepted), Message: "TLS is spoken to the endpoints"}
 			name := mesh.Name{Namespace: p.Name.Namespace, Name: string(ref.Name)}
@@ -33,7 +34,7 @@ func (w *World) compileBackendTLS(in Inputs) {
 			first, conflict := taken[at]
 			switch {
 			case ref.Group != "" || ref.Kind != "Service":
-				cond = Condition{Type: Accepted, Reason: string(gatewayv1.PolicyReasonInvalid), Message: fmt.Sprintf("target is of kind %s, want a Service", ref.Kind)}
+				cond = Condition{Type: Accepted, Reason: string(gatewayv1.PolicyReasonInvalid), Message: found.brokenAt(fmt.Sprintf("spec.targetRefs[%d]", i))}
 			case why != "":
 				cond = Condition{Type: Accepted, Reason: string(gatewayv1.PolicyReasonTargetNotFound), Message: why}
 			case conflict:
@@ -45,7 +46,10 @@ func (w *World) compileBackendTLS(in Inputs) {
 				}
 				w.setTLS(w.settings.serviceName(name.Namespace, name.Name), ports, tls, broken, "BackendTLSPolicy/"+p.Name.String())
 				if broken != "" {
-					cond = Condition{Type: Accepted, Reason: string(gatewayv1.BackendTLSPolicyReasonNoValidCACertificate), Message: broken}
+					cond = Condition{Type: Accepted, Reason: string(gatewayv1.PolicyReasonInvalid), Message: broken}
+				}
+				if broken != "" && !resolved.OK {
+					cond.Reason = string(gatewayv1.BackendTLSPolicyReasonNoValidCACertificate)
 				}
 			}
 			out.Parents = append(out.Parents, ParentStatus{parent, []Condition{cond, resolved}})
@@ -97,9 +101,52 @@ func (w *World) setTLS(service mesh.ServiceName, ports []uint16, tls *mesh.Upstr
 	}
 }
 
-// readBackendTLS reads what a policy asks for. broken says why nothing can be
-// verified.
-func readBackendTLS(p BackendTLSPolicy, maps []*corev1.ConfigMap) (tls *mesh.UpstreamTLS, resolved Condition, broken string) {
+// checkBackendTLS reads one object for itself.
+func checkBackendTLS(p BackendTLSPolicy) findings {
+	var f findings
+	if p.Err != nil {
+		f.bad("", "cannot be read: %v", p.Err)
+	}
+	for i, ref := range p.Spec.TargetRefs {
+		if ref.Group != "" || ref.Kind != "Service" {
+			f.bad(fmt.Sprintf("spec.targetRefs[%d]", i), "is of kind %q of group %q, want a Service of group \"\"", ref.Kind, ref.Group)
+		}
+	}
+	v := p.Spec.Validation
+	if why := badHost(string(v.Hostname), false); why != "" {
+		f.bad("spec.validation.hostname", "is %q, %s", v.Hostname, why)
+	}
+	for i, san := range v.SubjectAltNames {
+		at := fmt.Sprintf("spec.validation.subjectAltNames[%d]", i)
+		switch {
+		case san.Type == gatewayv1.HostnameSubjectAltNameType && san.Hostname != "" && san.URI == "":
+		case san.Type == gatewayv1.URISubjectAltNameType && san.URI != "" && san.Hostname == "":
+		default:
+			f.bad(at, "is of type %q, want Hostname with hostname, or URI with uri", san.Type)
+		}
+	}
+	for i, ref := range v.CACertificateRefs {
+		if ref.Group != "" || ref.Kind != "ConfigMap" {
+			f.bad(fmt.Sprintf("spec.validation.caCertificateRefs[%d]", i), "is of kind %q of group %q, want a ConfigMap of group \"\"", ref.Kind, ref.Group)
+		}
+	}
+	switch w := v.WellKnownCACertificates; {
+	case w != nil && *w != gatewayv1.WellKnownCACertificatesSystem:
+		f.bad("spec.validation.wellKnownCACertificates", "is %q, want System", *w)
+	case w != nil && len(v.CACertificateRefs) > 0:
+		f.bad("spec.validation", "has both caCertificateRefs and wellKnownCACertificates, of which it can have one")
+	case w == nil && len(v.CACertificateRefs) == 0:
+		f.bad("spec.validation", "names no certificate authority: give it caCertificateRefs or wellKnownCACertificates")
+	}
+	if len(p.Spec.Options) > 0 {
+		f.bad("spec.options", "is not supported: there are none that Weft knows")
+	}
+	return f
+}
+
+// readBackendTLS reads what a policy asks for, in which found was found. broken
+// says why nothing can be verified as it is written.
+func readBackendTLS(p BackendTLSPolicy, found findings, maps []*corev1.ConfigMap) (tls *mesh.UpstreamTLS, resolved Condition, broken string) {
 	v := p.Spec.Validation
 	tls = &mesh.UpstreamTLS{Mode: mesh.TLSSimple, SNI: string(v.Hostname)}
 	resolved = Condition{Type: ResolvedRefs, OK: true, Reason: string(gatewayv1.BackendTLSPolicyReasonResolvedRefs), Message: "everything that the policy names is there"}
@@ -109,8 +156,8 @@ func readBackendTLS(p BackendTLSPolicy, maps []*corev1.ConfigMap) (tls *mesh.Ups
 	var roots strings.Builder
 	for i, ref := range v.CACertificateRefs {
 		path := fmt.Sprintf("spec.validation.caCertificateRefs[%d]", i)
-		if ref.Group != "" || ref.Kind != "ConfigMap" {
-			resolved = Condition{Type: ResolvedRefs, Reason: string(gatewayv1.BackendTLSPolicyReasonInvalidKind), Message: path + " is not a ConfigMap"}
+		if why := found.brokenAt(path); why != "" {
+			resolved = Condition{Type: ResolvedRefs, Reason: string(gatewayv1.BackendTLSPolicyReasonInvalidKind), Message: why}
 			continue
 		}
 		at := slices.IndexFunc(maps, func(m *corev1.ConfigMap) bool {
@@ -127,14 +174,11 @@ func readBackendTLS(p BackendTLSPolicy, maps []*corev1.ConfigMap) (tls *mesh.Ups
 		}
 	}
 	tls.Roots = roots.String()
-	system := deref(v.WellKnownCACertificates) == gatewayv1.WellKnownCACertificatesSystem
-	switch {
-	case p.Err != nil:
-		broken = "the policy cannot be read: " + p.Err.Error()
-	case len(p.Spec.Options) > 0:
-		broken = "spec.options is not supported"
-	case tls.Roots == "" && !system:
+	if tls.Roots == "" && len(v.CACertificateRefs) > 0 {
 		broken = "there is no certificate authority to verify the endpoints by: " + resolved.Message
 	}
-	return tls, resolved, broken
+	found = slices.DeleteFunc(slices.Clone(found), func(x Finding) bool {
+		return below(x.Path, "spec.targetRefs") || below(x.Path, "spec.validation.caCertificateRefs")
+	})
+	return tls, resolved, cmp.Or(listed(found.of(SeverityError)), broken)
 }

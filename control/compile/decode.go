@@ -63,7 +63,7 @@ func ReadAuthorizationPolicy(u *unstructured.Unstructured) AuthorizationPolicy {
 	out := AuthorizationPolicy{Meta: readMeta(u)}
 	out.Targeted = hasField(u, "targetRef") || hasField(u, "targetRefs")
 	out.Targets = readTargets(u)
-	if err := readSpec(u, spec); out.Err == nil {
+	if err := readSpec(u, spec); err != nil {
 		out.Err = err
 	}
 	if out.Err == nil {
@@ -102,7 +102,7 @@ func readTargets(u *unstructured.Unstructured) []TargetRef {
 func ReadPeerAuthentication(u *unstructured.Unstructured) PeerAuthentication {
 	spec := &securityv1.PeerAuthentication{}
 	out := PeerAuthentication{Meta: readMeta(u)}
-	if err := readSpec(u, spec); out.Err == nil {
+	if err := readSpec(u, spec); err != nil {
 		out.Err = err
 	}
 	if out.Err == nil {
@@ -204,10 +204,13 @@ func readSpec(u *unstructured.Unstructured, m proto.Message) error {
 	if err != nil {
 		return fmt.Errorf("spec: %v", err)
 	}
-	if err := protojson.Unmarshal(b, m); err != nil {
+	if err := protojson.Unmarshal(b, m); err == nil {
+		return nil
+	} else if bad := readSpecByField(u, m.ProtoReflect().New().Interface()).of(SeverityError); len(bad) > 0 {
+		return errors.New(listed(bad)) // where it stands, as Review says
+	} else {
 		return fmt.Errorf("spec: %s", plain(err))
 	}
-	return nil
 }
 
 // linePos is where protojson stopped, in a text that the user never saw.

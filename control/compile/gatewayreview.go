@@ -30,7 +30,7 @@ func reviewGatewayAPI(u *unstructured.Unstructured) ([]Finding, bool) {
 	case KindGateway:
 		return reviewGateway(ReadGateway(u))
 	case KindBackendTLSPolicy:
-		return unread(ReadBackendTLSPolicy(u).Err), true
+		return checkBackendTLS(ReadBackendTLSPolicy(u)), true
 	case "ReferenceGrant":
 		return unread(ReadReferenceGrant(u).Err), true
 	default:

@@ -76,17 +76,20 @@ func (s Settings) reviewAuthorizationPolicy(u *unstructured.Unstructured) findin
 		f.bad("", "%v", ap.Err)
 	}
 	if ap.Targeted && len(ap.Selector) > 0 {
-		f.bad("spec", "has both selector and targetRefs, of which it can have one")
+		f.bad("", "%v", errBoth)
 	}
 	by := "ztunnel"
 	if ap.Targeted {
 		by = "a waypoint"
 	}
 	switch spec.GetAction() {
+	case securityv1.AuthorizationPolicy_ALLOW, securityv1.AuthorizationPolicy_DENY:
 	case securityv1.AuthorizationPolicy_AUDIT:
 		f.warn("spec.action", "is AUDIT, which %s does not support: the policy has no effect", by)
 	case securityv1.AuthorizationPolicy_CUSTOM:
 		f.warn("spec.action", "is CUSTOM, which %s does not support: everything is denied", by)
+	default:
+		f.bad("spec.action", "is %d, which is not known", spec.GetAction())
 	}
 	for _, r := range ap.Targets {
 		if why := s.badTarget(ap.Name.Namespace, r); why != "" {

@@ -3,6 +3,7 @@ package compile
 import (
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -50,13 +51,13 @@ func (c *routeCompiler) filter(r *gatewayRoute, path string, f gatewayv1.HTTPRou
 			empty("requestHeaderModifier")
 			return
 		}
-		out.request = headerEdit(f.RequestHeaderModifier)
+		out.request = r.headerEdit(path+".requestHeaderModifier", f.RequestHeaderModifier, true)
 	case gatewayv1.HTTPRouteFilterResponseHeaderModifier:
 		if f.ResponseHeaderModifier == nil {
 			empty("responseHeaderModifier")
 			return
 		}
-		out.response = headerEdit(f.ResponseHeaderModifier)
+		out.response = r.headerEdit(path+".responseHeaderModifier", f.ResponseHeaderModifier, false)
 	case gatewayv1.HTTPRouteFilterRequestRedirect:
 		if f.RequestRedirect == nil {
 			empty("requestRedirect")
@@ -69,8 +70,8 @@ func (c *routeCompiler) filter(r *gatewayRoute, path string, f gatewayv1.HTTPRou
 			empty("urlRewrite")
 			return
 		}
-		out.rewrite = &mesh.Rewrite{Authority: string(deref(f.URLRewrite.Hostname))}
-		out.rewrite.Path, out.rewrite.Prefix = r.pathModifier(path+".urlRewrite.path", f.URLRewrite.Path)
+		out.rewrite = &mesh.Rewrite{Authority: r.hostname(path+".urlRewrite.hostname", f.URLRewrite.Hostname)}
+		out.rewrite.Path, out.rewrite.Prefix = r.pathModifier(path+".urlRewrite.path", f.URLRewrite.Path, r.found.target)
 		out.prefix = out.prefix || out.rewrite.Prefix != nil
 	case gatewayv1.HTTPRouteFilterRequestMirror:
 		if f.RequestMirror == nil {
@@ -94,25 +95,54 @@ func (c *routeCompiler) filter(r *gatewayRoute, path string, f gatewayv1.HTTPRou
 	}
 }
 
-func headerEdit(in *gatewayv1.HTTPHeaderFilter) mesh.HeaderEdit {
+// headerEdit compiles changes of header fields. The host of a request may be
+// set; other fields of framing are passed over.
+func (r *gatewayRoute) headerEdit(path string, in *gatewayv1.HTTPHeaderFilter, request bool) mesh.HeaderEdit {
 	var out mesh.HeaderEdit
-	for _, n := range in.Remove {
-		out.Remove = append(out.Remove, strings.ToLower(n))
+	for i, n := range in.Remove {
+		at, name := fmt.Sprintf("%s.remove[%d]", path, i), strings.ToLower(n)
+		if !validToken(name) || name == "host" {
+			r.found.bad(at, "is %q, which cannot be removed", n)
+			continue
+		}
+		out.Remove = append(out.Remove, name)
 	}
-	pairs := func(in []gatewayv1.HTTPHeader) (out []mesh.HeaderPair) {
-		for _, h := range in {
-			out = append(out, mesh.HeaderPair{Name: strings.ToLower(string(h.Name)), Value: h.Value})
+	pairs := func(kind string, in []gatewayv1.HTTPHeader) (out []mesh.HeaderPair) {
+		for i, h := range in {
+			at, name := fmt.Sprintf("%s.%s[%d]", path, kind, i), strings.ToLower(string(h.Name))
+			switch {
+			case !validToken(name):
+				r.found.bad(at+".name", "is %q, want the name of a header", h.Name)
+			case name == "host" && (!request || kind == "add"):
+				r.found.bad(at+".name", "is Host, of which a request has one, and a response none")
+			case name == "host" && !validAuthority(h.Value):
+				r.found.bad(at+".value", "is %q, want a host, with a port if need be", h.Value)
+			case !validFieldValue(h.Value):
+				r.found.bad(at+".value", "is %q, and a header's value has no line ends or control characters", h.Value)
+			case slices.Contains(framing, name):
+				r.notes = append(r.notes, at+" "+notEdited)
+			default:
+				out = append(out, mesh.HeaderPair{Name: name, Value: h.Value})
+			}
 		}
 		return out
 	}
-	out.Set, out.Append = pairs(in.Set), pairs(in.Add)
+	out.Set, out.Append = pairs("set", in.Set), pairs("add", in.Add)
 	return out
+}
+
+// hostname reads the host that requests are sent on, or redirected, with.
+func (r *gatewayRoute) hostname(path string, h *gatewayv1.PreciseHostname) string {
+	if h != nil && !validAuthority(string(*h)) {
+		r.found.bad(path, "is %q, want a host name", *h)
+	}
+	return string(deref(h))
 }
 
 // redirect compiles a redirect. Without a port it takes the well-known one of
 // the scheme that it names, or else that of the service.
 func (r *gatewayRoute) redirect(path string, in *gatewayv1.HTTPRequestRedirectFilter) *mesh.Redirect {
-	out := &mesh.Redirect{Status: 302, Scheme: deref(in.Scheme), Authority: string(deref(in.Hostname)), DerivePort: "request"}
+	out := &mesh.Redirect{Status: 302, Scheme: deref(in.Scheme), Authority: r.hostname(path+".hostname", in.Hostname), DerivePort: "request"}
 	if in.StatusCode != nil {
 		out.Status = *in.StatusCode
 	}
@@ -130,17 +160,19 @@ func (r *gatewayRoute) redirect(path string, in *gatewayv1.HTTPRequestRedirectFi
 		}
 		out.Port, out.DerivePort = uint16(*in.Port), ""
 	}
-	out.Path, out.Prefix = r.pathModifier(path+".path", in.Path)
+	out.Path, out.Prefix = r.pathModifier(path+".path", in.Path, r.found.location)
 	return out
 }
 
 // pathModifier returns the new path, or what replaces the prefix that matched.
-func (r *gatewayRoute) pathModifier(path string, in *gatewayv1.HTTPPathModifier) (full, prefix *string) {
+func (r *gatewayRoute) pathModifier(path string, in *gatewayv1.HTTPPathModifier, check func(path, s string)) (full, prefix *string) {
 	switch {
 	case in == nil:
 	case in.Type == gatewayv1.FullPathHTTPPathModifier && in.ReplaceFullPath != nil:
+		check(path+".replaceFullPath", *in.ReplaceFullPath)
 		return in.ReplaceFullPath, nil
 	case in.Type == gatewayv1.PrefixMatchHTTPPathModifier && in.ReplacePrefixMatch != nil:
+		check(path+".replacePrefixMatch", *in.ReplacePrefixMatch)
 		return nil, in.ReplacePrefixMatch
 	default:
 		r.found.bad(path, "is of type %q, want ReplaceFullPath or ReplacePrefixMatch with the field of that name", in.Type)

@@ -188,7 +188,12 @@ func (c vsCompiler) redirect(path string, r *networking.HTTPRedirect, out *mesh.
 			to.DerivePort = "request"
 		}
 	}
+	if to.Authority != "" {
+		c.found.authority(path+".authority", to.Authority)
+	}
 	uri, prefix := r.GetUri(), r.GetPrefixRewrite()
+	c.found.location(path+".uri", uri)
+	c.found.location(path+".prefixRewrite", prefix)
 	switch {
 	case uri != "" && prefix != "":
 		c.found.bad(path, "has both uri and prefixRewrite, of which it can have one")
@@ -232,8 +237,12 @@ func (c vsCompiler) rewrite(path string, r *networking.HTTPRewrite, out *mesh.Ru
 		return
 	}
 	to := &mesh.Rewrite{Authority: r.GetAuthority()}
+	if to.Authority != "" {
+		c.found.authority(path+".authority", to.Authority)
+	}
 	rx := r.GetUriRegexRewrite()
 	uri := r.GetUri()
+	c.found.target(path+".uri", uri)
 	switch {
 	case uri != "" && rx != nil:
 		c.found.bad(path, "has both uri and uriRegexRewrite, of which it can have one")
@@ -248,8 +257,9 @@ func (c vsCompiler) rewrite(path string, r *networking.HTTPRewrite, out *mesh.Ru
 	out.Rewrite = to
 }
 
-// groupRef is a reference to a group of a regular expression.
-var groupRef = regexp.MustCompile(`\\(\d)`)
+// groupRef is a reference to a group of a regular expression, or a backslash,
+// or what a backslash cannot stand before.
+var groupRef = regexp.MustCompile(`(?s)\\(.|$)`)
 
 func (c vsCompiler) regexRewrite(path string, rx *networking.RegexRewrite) {
 	if rx.GetMatch() == "" {
@@ -262,7 +272,11 @@ func (c vsCompiler) regexRewrite(path string, rx *networking.RegexRewrite) {
 		return
 	}
 	for _, m := range groupRef.FindAllStringSubmatch(rx.GetRewrite(), -1) {
-		if n, _ := strconv.Atoi(m[1]); n > re.NumSubexp() {
+		switch n, err := strconv.Atoi(m[1]); {
+		case m[1] == `\`:
+		case err != nil:
+			c.found.bad(path+".rewrite", "has %q, where a backslash stands before the number of a group, or another backslash", m[0])
+		case n > re.NumSubexp():
 			c.found.bad(path+".rewrite", "names group \\%d, and the expression has %d", n, re.NumSubexp())
 		}
 	}
@@ -559,6 +573,7 @@ func (c vsCompiler) headerEdit(path string, in *networking.Headers_HeaderOperati
 			if name == "host" || name == ":authority" {
 				if request {
 					authority = m[k]
+					c.found.authority(at, m[k])
 				} else {
 					c.found.bad(at, "cannot be changed in a response, which has none")
 				}
@@ -570,6 +585,10 @@ func (c vsCompiler) headerEdit(path string, in *networking.Headers_HeaderOperati
 			}
 			if !validFieldValue(m[k]) {
 				c.found.bad(at, "is %q, and a header's value has no line ends or control characters", m[k])
+				continue
+			}
+			if slices.Contains(framing, name) {
+				c.found.warn(at, notEdited)
 				continue
 			}
 			if operator.MatchString(m[k]) {
@@ -590,26 +609,4 @@ func (c vsCompiler) headerEdit(path string, in *networking.Headers_HeaderOperati
 		out.Remove = append(out.Remove, name)
 	}
 	return authority
-}
-
-// validToken reports whether s can be a header's name or a method (RFC 9110,
-// 5.6.2).
-func validToken(s string) bool {
-	for i := range len(s) {
-		b := s[i]
-		if b <= ' ' || b >= 0x7f || strings.IndexByte(`"(),/:;<=>?@[\]{}`, b) >= 0 {
-			return false
-		}
-	}
-	return s != ""
-}
-
-// validFieldValue reports whether s can be a header's value (RFC 9110, 5.5).
-func validFieldValue(s string) bool {
-	for i := range len(s) {
-		if b := s[i]; b < ' ' && b != '\t' || b == 0x7f {
-			return false
-		}
-	}
-	return true
 }
