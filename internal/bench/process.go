@@ -75,11 +75,16 @@ type Process struct {
 // network namespace for example; nil is here. Start waits until the role is
 // ready, but for a client's, which is at once.
 func Start(test, role string, arg any, inside func(func() error) error, files ...*os.File) (*Process, error) {
+	return StartOf("/proc/self/exe", test, role, arg, inside, files...)
+}
+
+// StartOf is Start with another build of this program.
+func StartOf(program, test, role string, arg any, inside func(func() error) error, files ...*os.File) (*Process, error) {
 	b, err := json.Marshal(arg)
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.Command("/proc/self/exe", "-test.run=^"+test+"$", "-test.timeout=0")
+	cmd := exec.Command(program, "-test.run=^"+test+"$", "-test.timeout=0")
 	cmd.Env = append(os.Environ(), roleEnv+"="+role, roleEnv+"_ARG="+string(b))
 	cmd.ExtraFiles = files
 	p := &Process{Name: role, cmd: cmd}

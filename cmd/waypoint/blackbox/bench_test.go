@@ -19,14 +19,16 @@ const benchTest = "TestBenchmarkL7"
 // TestBenchmarkL7 compares the CPU time of proxies of requests for the same
 // load between the same ends. Each round measures all of them next to each
 // other; ratios are the medians of the rounds' ratios. It runs when WEFT_BENCH
-// names the file for its figures; WEFT_BENCH_ROUNDS is how many rounds.
+// names the file for its figures; WEFT_BENCH_ROUNDS is how many rounds,
+// WEFT_BENCH_CASES and WEFT_BENCH_PEERS choose some, with commas between their
+// names, and WEFT_BENCH_BEFORE is another build of this test to compare with.
 func TestBenchmarkL7(t *testing.T) {
 	playRole()
 	out := os.Getenv("WEFT_BENCH")
 	if out == "" {
 		t.Skip("a benchmark: make bench runs it")
 	}
-	rounds := 5
+	rounds := 20
 	if v := os.Getenv("WEFT_BENCH_ROUNDS"); v != "" {
 		var err error
 		if rounds, err = strconv.Atoi(v); err != nil || rounds < 1 {
@@ -36,9 +38,14 @@ func TestBenchmarkL7(t *testing.T) {
 	s := newStage(t)
 	figures := map[string]float64{}
 	rows := [][]string{append([]string{"requests: the proxy's CPU"}, s.names()...)}
-	idle := s.idle(t, figures) // before loads leave buffers behind
+	var idle [][]string
+	if chosen("WEFT_BENCH_CASES", "idle") {
+		idle = s.idle(t, figures) // before loads leave buffers behind
+	}
 	for _, c := range cases {
-		rows = append(rows, s.compare(t, figures, c, rounds)...)
+		if chosen("WEFT_BENCH_CASES", c.key) {
+			rows = append(rows, s.compare(t, figures, c, rounds)...)
+		}
 	}
 	rows = append(rows, idle...)
 	if err := errors.Join(bench.Table(os.Stdout, rows), bench.Merge(out, figures)); err != nil {
@@ -57,7 +64,7 @@ type contender struct {
 type benchCase struct {
 	key, what string // key as in l7.KEY.cpu_us
 	conns     int
-	run       func(opener, int, time.Duration) (load, error)
+	open      func(opener, int) (*user, error)
 }
 
 // A load is what was done: how often, and how long one took at most half of the
@@ -75,7 +82,9 @@ var cases = []benchCase{
 	{"grpc_64", "gRPC unary, 64 streams", 1, unary},
 }
 
-const slice = time.Second
+// slice is how long a load lasts: short, so that what else the machine does
+// meets all contenders of a round alike.
+const slice = 250 * time.Millisecond
 
 // target is the highest ratio to others that was set as the goal.
 func target(key string) float64 {
@@ -89,6 +98,15 @@ func target(key string) float64 {
 func (s *stage) compare(t *testing.T, figures map[string]float64, c benchCase, rounds int) [][]string {
 	t.Helper()
 	cpu, p50 := map[string][]float64{}, map[string][]float64{}
+	users := map[string]*user{}
+	for _, k := range s.all {
+		u, err := c.open(k.open, c.conns)
+		if err != nil {
+			t.Fatalf("%s through %s: %v", c.key, k.name, err)
+		}
+		defer u.close()
+		users[k.name] = u
+	}
 	for round := range rounds + 1 {
 		for _, k := range s.all {
 			var before time.Duration
@@ -98,7 +116,7 @@ func (s *stage) compare(t *testing.T, figures map[string]float64, c benchCase, r
 					t.Fatal(err)
 				}
 			}
-			l, err := c.run(k.open, c.conns, slice)
+			l, err := users[k.name].run(slice)
 			if err != nil || l.n == 0 {
 				t.Fatalf("%s through %s: %d done, %v", c.key, k.name, l.n, err)
 			}
@@ -130,6 +148,10 @@ func (s *stage) compare(t *testing.T, figures map[string]float64, c benchCase, r
 		case "waypoint":
 			figures["l7.waypoint_"+c.key+".cpu_us"] = bench.Median(cpu["waypoint"])
 			ratios = append(ratios, "")
+		case "before":
+			ratios = append(ratios, bench.Number(bench.Ratio(cpu["weft"], cpu[k.name]))+" ×")
+		case "waypoint_before":
+			ratios = append(ratios, "waypoint "+bench.Number(bench.Ratio(cpu["waypoint"], cpu[k.name]))+" ×")
 		default:
 			r := bench.Ratio(cpu["weft"], cpu[k.name])
 			figure("vs_"+k.name, r)
@@ -163,4 +185,7 @@ var (
 	nginxAddr    = netip.MustParseAddrPort("127.79.0.4:8080")
 	haproxyAddr  = netip.MustParseAddrPort("127.79.0.5:8080")
 	waypointAddr = netip.MustParseAddrPort("127.79.0.6:15008")
+
+	beforeAddr         = netip.MustParseAddrPort("127.79.0.7:8080")
+	waypointBeforeAddr = netip.MustParseAddrPort("127.79.0.8:15008")
 )

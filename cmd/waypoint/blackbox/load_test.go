@@ -20,34 +20,53 @@ type opener func(ctx context.Context, grpc bool) (net.Conn, error)
 
 const streamLen = 100 << 20
 
-// http1 returns a load of requests, one after the other on each connection.
-func http1(method, path string, body int64, answer int64) func(opener, int, time.Duration) (load, error) {
+// A user uses the service with connections of its own until close.
+type user struct {
+	run   func(time.Duration) (load, error)
+	close func()
+}
+
+// http1 returns who makes requests, one after the other on each connection.
+func http1(method, path string, body int64, answer int64) func(opener, int) (*user, error) {
 	head := fmt.Sprintf("%s %s HTTP/1.1\r\nHost: app\r\nUser-Agent: bench\r\nAccept: */*\r\n", method, path)
 	if body > 0 {
 		head += fmt.Sprintf("Content-Length: %d\r\n", body)
 	}
 	request := append([]byte(head+"\r\n"), bytes.Repeat([]byte("x"), int(body))...)
-	return func(open opener, conns int, d time.Duration) (load, error) {
-		return together(conns, func() ([]time.Duration, error) {
+	return func(open opener, n int) (*user, error) {
+		var conns []net.Conn
+		u := &user{close: func() {
+			for _, c := range conns {
+				c.Close()
+			}
+		}}
+		for range n {
 			c, err := open(context.Background(), false)
 			if err != nil {
+				u.close()
 				return nil, err
 			}
-			defer c.Close()
-			in := bufio.NewReaderSize(c, 64<<10)
-			var took []time.Duration
-			for end := time.Now().Add(d); time.Now().Before(end); {
-				start := time.Now()
-				if _, err := c.Write(request); err != nil {
-					return nil, err
+			conns = append(conns, c)
+		}
+		u.run = func(d time.Duration) (load, error) {
+			return together(n, func(i int) ([]time.Duration, error) {
+				c := conns[i]
+				in := bufio.NewReaderSize(c, 64<<10)
+				var took []time.Duration
+				for end := time.Now().Add(d); time.Now().Before(end); {
+					start := time.Now()
+					if _, err := c.Write(request); err != nil {
+						return nil, err
+					}
+					if err := readAnswer(in, answer); err != nil {
+						return nil, err
+					}
+					took = append(took, time.Since(start))
 				}
-				if err := readAnswer(in, answer); err != nil {
-					return nil, err
-				}
-				took = append(took, time.Since(start))
-			}
-			return took, nil
-		})
+				return took, nil
+			})
+		}
+		return u, nil
 	}
 }
 
@@ -89,15 +108,15 @@ func readAnswer(in *bufio.Reader, want int64) error {
 	return nil
 }
 
-// together runs f so many times at once, and joins what they found.
-func together(n int, f func() ([]time.Duration, error)) (load, error) {
+// together runs f for 0 to n-1 at once, and joins what they found.
+func together(n int, f func(int) ([]time.Duration, error)) (load, error) {
 	var mu sync.Mutex
 	var all []time.Duration
 	var errs []error
 	var wg sync.WaitGroup
-	for range n {
+	for i := range n {
 		wg.Go(func() {
-			took, err := f()
+			took, err := f(i)
 			mu.Lock()
 			defer mu.Unlock()
 			all = append(all, took...)
@@ -112,13 +131,12 @@ func together(n int, f func() ([]time.Duration, error)) (load, error) {
 
 const unaryStreams = 64
 
-// unary is a load of gRPC calls, many at a time on one connection.
-func unary(open opener, _ int, d time.Duration) (load, error) {
+// unary returns who makes gRPC calls, many at a time on one connection.
+func unary(open opener, _ int) (*user, error) {
 	t := &http.Transport{Protocols: new(http.Protocols), DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return open(ctx, true) }}
 	t.Protocols.SetUnencryptedHTTP2(true)
-	defer t.CloseIdleConnections()
 	message := append([]byte{0, 0, 0, 0, 100}, bytes.Repeat([]byte("m"), 100)...)
-	return together(unaryStreams, func() ([]time.Duration, error) {
+	calls := func(d time.Duration) ([]time.Duration, error) {
 		var took []time.Duration
 		for end := time.Now().Add(d); time.Now().Before(end); {
 			start := time.Now()
@@ -142,5 +160,11 @@ func unary(open opener, _ int, d time.Duration) (load, error) {
 			took = append(took, time.Since(start))
 		}
 		return took, nil
-	})
+	}
+	return &user{
+		run: func(d time.Duration) (load, error) {
+			return together(unaryStreams, func(int) ([]time.Duration, error) { return calls(d) })
+		},
+		close: t.CloseIdleConnections,
+	}, nil
 }

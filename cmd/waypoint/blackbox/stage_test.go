@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -53,6 +54,15 @@ const (
 	grpcPort uint16 = 50051
 )
 
+// self is this program.
+const self = "/proc/self/exe"
+
+// chosen reports whether the environment names what with others, or nothing.
+func chosen(env, what string) bool {
+	v := os.Getenv(env)
+	return v == "" || slices.Contains(strings.Split(v, ","), what)
+}
+
 // A stage is a backend with all contenders in front of it.
 type stage struct{ all []*contender }
 
@@ -65,24 +75,42 @@ func newStage(t *testing.T) *stage {
 			t.Fatal(err)
 		}
 	}
-	role := func(name string) *bench.Process {
-		p, err := bench.Start(benchTest, name, dir, nil)
+	play := func(program, role string, at netip.AddrPort) *bench.Process {
+		if at != (netip.AddrPort{}) {
+			role += "@" + at.String()
+		}
+		p, err := bench.StartOf(program, benchTest, role, dir, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(p.Stop)
 		return p
 	}
-	role("backend")
-	s := &stage{all: []*contender{
-		{name: "direct", open: dialTo(backendAddr)},
-		{name: "weft", open: dialTo(weftAddr), proxy: role("engine")},
-	}}
+	play(self, "backend", netip.AddrPort{})
+	s := &stage{all: []*contender{{name: "direct", open: dialTo(backendAddr)}}}
+	engine := func(name, program string, at netip.AddrPort) {
+		if chosen("WEFT_BENCH_PEERS", name) {
+			s.all = append(s.all, &contender{name: name, open: dialTo(at), proxy: play(program, "engine", at)})
+		}
+	}
+	tunnel := func(name, program string, at netip.AddrPort) {
+		if chosen("WEFT_BENCH_PEERS", name) {
+			s.all = append(s.all, &contender{name: name, open: tunnelTo(t, ca, at), proxy: play(program, "waypoint", at)})
+		}
+	}
+	engine("weft", self, weftAddr)
+	before := os.Getenv("WEFT_BENCH_BEFORE")
+	if before != "" {
+		engine("before", before, beforeAddr)
+	}
 	for name, k := range map[string]struct {
 		at     netip.AddrPort
 		config string
 		args   []string
 	}{"nginx": {nginxAddr, nginxConfig(dir), []string{"-c"}}, "haproxy": {haproxyAddr, haproxyConfig, []string{"-f"}}} {
+		if !chosen("WEFT_BENCH_PEERS", name) {
+			continue
+		}
 		path, err := exec.LookPath(name)
 		if err != nil {
 			fmt.Printf("%s is left out: %v (.ci/deps-bench installs it)\n", name, err)
@@ -99,11 +127,17 @@ func newStage(t *testing.T) *stage {
 		t.Cleanup(p.Stop)
 		s.all = append(s.all, &contender{name: name, open: dialTo(k.at), proxy: p})
 	}
-	p := role("waypoint")
-	s.all = append(s.all, &contender{name: "waypoint", open: tunnelTo(t, ca), proxy: p})
+	tunnel("waypoint", self, waypointAddr)
+	if before != "" {
+		tunnel("waypoint_before", before, waypointBeforeAddr)
+	}
 	for _, c := range s.all {
 		for deadline := time.Now().Add(10 * time.Second); ; {
-			_, err := cases[0].run(c.open, 1, time.Millisecond)
+			u, err := cases[0].open(c.open, 1)
+			if err == nil {
+				_, err = u.run(time.Millisecond)
+				u.close()
+			}
 			if err == nil {
 				break
 			}
@@ -127,7 +161,7 @@ func dialTo(at netip.AddrPort) opener {
 }
 
 // tunnelTo opens connections in tunnels, as ztunnel does.
-func tunnelTo(t *testing.T, ca *testca.CA) opener {
+func tunnelTo(t *testing.T, ca *testca.CA, at netip.AddrPort) opener {
 	roots, err := identity.NewRoots(trustDomain, ca.PEM())
 	if err != nil {
 		t.Fatal(err)
@@ -146,7 +180,7 @@ func tunnelTo(t *testing.T, ca *testca.CA) opener {
 		if grpc {
 			port = grpcPort
 		}
-		s, err := pool.Connect(ctx, hbone.Target{Owner: "c", Source: clientID, Peers: []mesh.Identity{waypointID}, Address: waypointAddr},
+		s, err := pool.Connect(ctx, hbone.Target{Owner: "c", Source: clientID, Peers: []mesh.Identity{waypointID}, Address: at},
 			netip.AddrPortFrom(netip.MustParseAddr("10.96.0.1"), port).String(), hbone.Header{})
 		if err != nil {
 			return nil, err
@@ -209,16 +243,18 @@ func playRole() {
 	role, arg := bench.Role()
 	var err error
 	dir := strings.Trim(arg, `"`)
+	role, address, _ := strings.Cut(role, "@")
+	at, _ := netip.ParseAddrPort(address) // the backend has none
 	switch role {
 	case "backend":
 		bench.EndWithParent()
 		err = playBackend(dir)
 	case "engine":
 		bench.EndWithParent()
-		err = playEngine(dir)
+		err = playEngine(dir, at)
 	case "waypoint":
 		bench.EndWithParent()
-		err = playWaypoint(dir)
+		err = playWaypoint(dir, at)
 	default:
 		return
 	}
@@ -397,8 +433,12 @@ func world(transport mesh.Transport) *view.Store {
 	return store
 }
 
-// newEngine makes the engine with all that it has in production.
+// newEngine makes the engine with all that it has in production, and its log in
+// a directory of its own.
 func newEngine(dir string, store *view.Store, dialer l7.Dialer) (*l7.Engine, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
 	log, err := os.Create(filepath.Join(dir, "access.log"))
 	if err != nil {
 		return nil, err
@@ -417,8 +457,8 @@ func (d *plainDialer) Dial(ctx context.Context, to l7.Target) (net.Conn, error) 
 }
 
 // playEngine is the engine between plain connections.
-func playEngine(dir string) error {
-	e, err := newEngine(dir, world(mesh.PlainTCP), new(plainDialer))
+func playEngine(dir string, at netip.AddrPort) error {
+	e, err := newEngine(filepath.Join(dir, at.Addr().String()), world(mesh.PlainTCP), new(plainDialer))
 	if err != nil {
 		return err
 	}
@@ -431,11 +471,11 @@ func playEngine(dir string) error {
 			go e.Serve(context.Background(), c, l7.Facts{Peer: clientID, Service: app, Port: port, Source: c.RemoteAddr().(*net.TCPAddr).AddrPort(), Destination: netip.AddrPortFrom(netip.MustParseAddr("10.96.0.1"), port)})
 		}
 	}
-	l, err := net.Listen("tcp", weftAddr.String())
+	l, err := net.Listen("tcp", at.String())
 	if err != nil {
 		return err
 	}
-	l2, err := net.Listen("tcp", netip.AddrPortFrom(weftAddr.Addr(), weftAddr.Port()+1).String())
+	l2, err := net.Listen("tcp", netip.AddrPortFrom(at.Addr(), at.Port()+1).String())
 	if err != nil {
 		return err
 	}
@@ -445,7 +485,7 @@ func playEngine(dir string) error {
 }
 
 // playWaypoint is a waypoint between tunnels.
-func playWaypoint(dir string) error {
+func playWaypoint(dir string, at netip.AddrPort) error {
 	i, roots, err := readIssuer(dir)
 	if err != nil {
 		return err
@@ -458,15 +498,11 @@ func playWaypoint(dir string) error {
 	if err != nil {
 		return err
 	}
-	own := filepath.Join(dir, "waypoint")
-	if err := os.MkdirAll(own, 0o700); err != nil {
-		return err
-	}
-	e, err := newEngine(own, store, p.Dialer())
+	e, err := newEngine(filepath.Join(dir, at.Addr().String()), store, p.Dialer())
 	if err != nil {
 		return err
 	}
-	l, err := net.Listen("tcp", waypointAddr.String())
+	l, err := net.Listen("tcp", at.String())
 	if err != nil {
 		return err
 	}
