@@ -2,6 +2,8 @@ package l7
 
 import (
 	"net/netip"
+	"slices"
+	"strings"
 	"sync"
 
 	"github.com/weft-mesh/weft/mesh"
@@ -57,17 +59,50 @@ func (l *links) each(f func(transport)) {
 	}
 }
 
+// A way is how the other end of a connection was verified. What was meant for
+// one way may not take another: a connection that was made in clear, or to
+// somebody with a certificate for another name. The zero way is in clear, or a
+// tunnel of the mesh.
+type way struct {
+	tls  *mesh.UpstreamTLS
+	name string // that the other end was expected to have
+}
+
+// wayOf returns the way that an exchange takes. The name is that of the policy,
+// or the host that is asked for; a connection that asks for none is for the
+// service's.
+func wayOf(x *Exchange) way {
+	tls := x.Policy.TLS
+	if tls == nil || tls.Mode != mesh.TLSSimple && tls.Mode != mesh.TLSMutual {
+		return way{}
+	}
+	w := way{tls, tls.SNI}
+	if w.name == "" {
+		w.name = string(hostOf(x.Request.Authority))
+	}
+	if w.name == "" && x.BackendService != nil && !strings.HasPrefix(string(x.BackendService.Name.Host), "*") {
+		w.name = string(x.BackendService.Name.Host)
+	}
+	return w
+}
+
+// is reports whether a connection that was made by o is as good as one by w.
+func (w way) is(o way) bool {
+	if w.tls == o.tls {
+		return w.name == o.name
+	}
+	return w.tls != nil && o.tls != nil && w.name == o.name && w.tls.Mode == o.tls.Mode && w.tls.Roots == o.tls.Roots &&
+		w.tls.Certificate == o.tls.Certificate && slices.Equal(w.tls.SubjectAltNames, o.tls.SubjectAltNames)
+}
+
 // target returns what the Dialer is told.
 func (ep *Endpoint) target(x *Exchange) Target {
 	t := Target{Workload: ep.Workload, Address: ep.Address, Keepalive: x.Policy.Connections.Keepalive}
 	if x.BackendService != nil {
 		t.Service = x.BackendService.Name
 	}
-	if tls := x.Policy.TLS; tls != nil && (tls.Mode == mesh.TLSSimple || tls.Mode == mesh.TLSMutual) {
-		t.TLS, t.ServerName = tls, tls.SNI
-		if t.ServerName == "" {
-			t.ServerName = string(hostOf(x.Request.Authority))
-		}
+	if w := wayOf(x); w.tls != nil {
+		t.TLS, t.ServerName = w.tls, w.name
 		t.ALPN = []string{"http/1.1"}
 		if x.upstream == HTTP2 {
 			t.ALPN = []string{"h2"}

@@ -20,6 +20,7 @@ type http1Call struct {
 	onSent func()        // putOut,
 	onRoom func() []byte // and room
 	parser h1.Parser
+	way    way
 	born   int64 // by the coarse clock
 	since  int64 // idle since then
 	used   int   // exchanges so far

@@ -28,6 +28,7 @@ type http2Conn struct {
 	*h2.Conn
 	pool *http2Pool
 	net  net.Conn
+	way  way
 	born int64 // by the coarse clock
 	used atomic.Int64
 }
@@ -94,7 +95,11 @@ func (p *http2Pool) open(c *http2Call, full bool) bool {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	way := wayOf(c.x)
 	for _, hc := range p.conns {
+		if !hc.way.is(way) {
+			continue
+		}
 		s, err := hc.Open(c, most, percent)
 		if err != nil {
 			continue
@@ -169,7 +174,7 @@ func (p *http2Pool) dial(ctx context.Context, x *Exchange) (*http2Conn, error) {
 		p.ep.cluster.disconnected()
 		return nil, err
 	}
-	hc := &http2Conn{pool: p, net: conn, born: p.e.clock.now.Load()}
+	hc := &http2Conn{pool: p, net: conn, way: wayOf(x), born: p.e.clock.now.Load()}
 	hc.Conn = h2.New(conn, h2.Config{List: p.e.limits.HeadBytes, Room: p.ep.cluster.line.call, Ended: func() {
 		p.mu.Lock()
 		p.drop(hc)

@@ -23,6 +23,7 @@ type line struct {
 // A place is one request's in a line.
 type place struct {
 	pool *http1Pool // whose connections it can take over; nil if none's
+	way  way        // that such a connection must have taken
 	// called gets one value when the place is taken out of the line: a
 	// connection to take over, or nil for something else to try again for.
 	called chan *http1Call
@@ -58,7 +59,7 @@ func (l *line) call() {
 func (l *line) give(c *http1Call) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if len(l.places) == 0 || l.places[0].pool != c.pool {
+	if len(l.places) == 0 || l.places[0].pool != c.pool || !l.places[0].way.is(c.way) {
 		return false
 	}
 	l.serve(c)
@@ -102,7 +103,7 @@ func (c *cluster) await(ctx context.Context, x *Exchange, pool *http1Pool, attem
 	defer c.group.Breaker.Release(balance.Pending)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	p := &place{pool: pool, called: make(chan *http1Call, 1)}
+	p := &place{pool: pool, way: wayOf(x), called: make(chan *http1Call, 1)}
 	for called := false; ; called = true {
 		c.line.join(p, called) // first, so that nothing is missed
 		if err := attempt(nil); err != errOverflow {

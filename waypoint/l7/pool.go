@@ -44,7 +44,7 @@ func (p *http1Pool) reserve(ctx context.Context, x *Exchange) (*http1Call, error
 		if c == nil {
 			return p.dial(ctx, x)
 		}
-		if c.usable(p) {
+		if c.usable(p) && c.way.is(wayOf(x)) {
 			return c, nil
 		}
 		c.end()
@@ -75,7 +75,7 @@ func (p *http1Pool) dial(ctx context.Context, x *Exchange) (*http1Call, error) {
 		p.ep.cluster.disconnected()
 		return nil, err
 	}
-	c := &http1Call{pool: p, conn: conn, born: p.e.clock.now.Load()}
+	c := &http1Call{pool: p, conn: conn, way: wayOf(x), born: p.e.clock.now.Load()}
 	c.parser.Limits.Head = p.e.limits.HeadBytes
 	c.parser.Limits.Fields = 4 * p.e.limits.HeadFields
 	if c.sock = newSocket(conn); c.sock != nil {
