@@ -1,6 +1,7 @@
 package ztunnel
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
@@ -17,12 +18,14 @@ import (
 // and takes from its predecessor: a tunnel with its connections, or a connection
 // without a tunnel. A change of anything that a part holds, down to the record
 // protection, is a new version.
-const PartVersion = 2
+const PartVersion = 3
 
 // An Heir takes what a Proxy hands over when it ends. A nil error of Give means
 // that the part is the heir's; after any other it is the proxy's as before, and
-// only after handover.ErrDeclined may another part be given.
+// only after handover.ErrDeclined may another part be given. Ahead sends
+// something that belongs to the next part.
 type Heir interface {
+	Ahead(text []byte) error
 	Give(text []byte, files []int) error
 	Done() error
 }
@@ -37,6 +40,7 @@ const (
 
 // A movedPart is one part.
 type movedPart struct {
+	number uint32 // of those that one process gives
 	pod    string // UID
 	id     mesh.Identity
 	frozen int64       // since when, in nanoseconds since 1970
@@ -56,6 +60,7 @@ type movedFlow struct {
 }
 
 func (m *movedPart) pack(c *pack.Coder) {
+	pack.Uint(c, &m.number, math.MaxUint32)
 	pack.String(c, &m.pod, 128)
 	for _, s := range []*string{&m.id.TrustDomain, &m.id.Namespace, &m.id.ServiceAccount} {
 		pack.String(c, s, 1<<10)
@@ -148,7 +153,7 @@ func (p *Proxy) handOver(heir Heir) {
 		p.cfg.Log.Error("connections were not handed over: they drain", "error", err)
 	}
 	p.cfg.Log.Info("handed over", "tunnels", all.tunnels, "connections", all.conns, "without_tunnel", all.plain, "left", len(p.flows.all()), "took", time.Since(start),
-		"slowest_conns", all.slowest.conns, "slowest_freeze", all.slowest.freeze, "slowest_pack", all.slowest.pack, "slowest_give", all.slowest.give)
+		"slowest_conns", all.slowest.conns, "slowest_bytes", all.slowest.bytes, "slowest_ahead", all.slowest.ahead, "slowest_freeze", all.slowest.freeze, "slowest_pack", all.slowest.pack, "slowest_give", all.slowest.give)
 }
 
 // tunnelled returns how many flows event loops carry, or will, but for those of
@@ -170,7 +175,8 @@ func (r *registry) tunnelled(without map[*pod]bool) int {
 func (q *pod) handOver(heir Heir, all *gifts) (declined bool, err error) {
 	movers := append(q.server.Movers(), q.proxy.pool.Movers(q.owner)...)
 	for i, m := range movers {
-		g, err := q.give(heir, m)
+		all.begun++
+		g, err := q.give(heir, m, all.begun)
 		switch {
 		case err == nil:
 			all.tunnels++
@@ -189,35 +195,92 @@ func (q *pod) handOver(heir Heir, all *gifts) (declined bool, err error) {
 	return declined, nil
 }
 
-// give gives one tunnel to heir, with its connections.
-func (q *pod) give(heir Heir, m loop.Mover) (gift, error) {
-	since := time.Now()
+// give gives one tunnel to heir, with its connections, as the part of a number.
+func (q *pod) give(heir Heir, m loop.Mover, number uint32) (gift, error) {
+	ahead, err := sendAhead(heir, m, number)
+	if err != nil {
+		return gift{}, err
+	}
 	frozen, err := m.Freeze()
 	if err != nil {
 		return gift{}, err
 	}
-	g := gift{conns: len(frozen.Owners), freeze: time.Since(since)}
-	part := movedPart{pod: q.info.Load().UID, id: q.id, frozen: since.UnixNano(), tunnel: frozen.State}
+	g := gift{conns: len(frozen.Owners), ahead: ahead, freeze: time.Since(frozen.Since)}
+	part := movedPart{number: number, pod: q.info.Load().UID, id: q.id, frozen: frozen.Since.UnixNano(), tunnel: frozen.State}
 	for _, o := range frozen.Owners {
 		part.flows = append(part.flows, o.(*flow).handed())
 	}
 	text := pack.Write(part.pack)
 	frozen.State.Wipe()
-	g.pack = time.Since(since) - g.freeze
+	g.bytes, g.pack = len(text), time.Since(frozen.Since)-g.freeze
 	err = heir.Give(text, frozen.Files)
 	clear(text)
 	if err != nil {
 		frozen.Thaw()
 		return gift{}, err
 	}
-	g.give = time.Since(since) - g.freeze - g.pack
+	g.give = time.Since(frozen.Since) - g.freeze - g.pack
 	frozen.Release()
 	return g, nil
 }
 
+const (
+	// aheadHeader is what begins all that is sent ahead: the number of the part,
+	// and the stream whose backlog follows.
+	aheadHeader = 8
+	// aheadRounds is how often what has come meanwhile is sent ahead as well.
+	aheadRounds = 10
+)
+
+// sendAhead sends what waits for applications in a tunnel while the tunnel still
+// works, and returns how many bytes that was.
+func sendAhead(heir Heir, m loop.Mover, number uint32) (sent int, err error) {
+	text := make([]byte, handover.MaxAhead)
+	defer clear(text)
+	binary.BigEndian.PutUint32(text, number)
+	for range aheadRounds {
+		backlogs := m.Ahead()
+		for _, b := range backlogs {
+			binary.BigEndian.PutUint32(text[4:], b.ID)
+			for _, piece := range b.Pieces {
+				for len(piece) > 0 {
+					n := copy(text[aheadHeader:], piece)
+					if err := heir.Ahead(text[:aheadHeader+n]); err != nil {
+						return sent, err
+					}
+					piece, sent = piece[n:], sent+n
+				}
+			}
+		}
+		if len(backlogs) == 0 {
+			break
+		}
+	}
+	return sent, nil
+}
+
+// unpackAhead returns what was sent ahead of the part of a number, by stream.
+func unpackAhead(ahead [][]byte, number uint32) (map[uint32][][]byte, error) {
+	var early map[uint32][][]byte
+	for _, text := range ahead {
+		if len(text) <= aheadHeader {
+			return nil, fmt.Errorf("%d bytes were sent ahead, want more than %d", len(text), aheadHeader)
+		}
+		if binary.BigEndian.Uint32(text) != number {
+			continue // of one that has ended before it could be given
+		}
+		if early == nil {
+			early = make(map[uint32][][]byte)
+		}
+		id := binary.BigEndian.Uint32(text[4:])
+		early[id] = append(early[id], text[aheadHeader:])
+	}
+	return early, nil
+}
+
 // Take prepares a tunnel of the proxy's predecessor. It implements
 // handover.Taker.
-func (p *Proxy) Take(version uint32, text []byte, files []int) (goOn, keep func(), err error) {
+func (p *Proxy) Take(version uint32, text []byte, ahead [][]byte, files []int) (goOn, keep func(), err error) {
 	if version != PartVersion {
 		return nil, nil, fmt.Errorf("a part of version %d, want %d", version, PartVersion)
 	}
@@ -231,6 +294,13 @@ func (p *Proxy) Take(version uint32, text []byte, files []int) (goOn, keep func(
 	}
 	if part.plain == nil && len(part.flows) != len(part.tunnel.Conns) {
 		return nil, nil, fmt.Errorf("%d flows for %d connections", len(part.flows), len(part.tunnel.Conns))
+	}
+	early, err := unpackAhead(ahead, part.number)
+	if err != nil {
+		return nil, nil, err
+	}
+	for i := range part.tunnel.Conns {
+		part.tunnel.Conns[i].Early = early[part.tunnel.Conns[i].ID]
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -285,10 +355,12 @@ func (q *pod) take(part *movedPart, files []int, got pause) (goOn, keep func(), 
 	goOn = func() {
 		defer q.conns.Done()
 		start := time.Now()
-		a.Go()
-		got.begin = time.Since(start)
-		got.whole = time.Since(time.Unix(0, part.frozen))
-		q.proxy.paused(got)
+		noted := q.proxy.pauses.begin()
+		a.Go(func() {
+			got.begin = time.Since(start)
+			got.whole = time.Since(time.Unix(0, part.frozen))
+			noted(got)
+		})
 		q.proxy.recheckFlows(flows)
 	}
 	keep = func() {

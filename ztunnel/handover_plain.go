@@ -161,7 +161,7 @@ func (q *pod) takePlain(part *movedPart, files []int, got pause) (goOn, keep fun
 			_ = q.over(f, f.copy(q.alive, ends[0], ends[1])) // it goes to the log
 		}()
 		got.whole = time.Since(time.Unix(0, part.frozen))
-		q.proxy.paused(got)
+		q.proxy.pauses.begin()(got)
 		q.proxy.recheckFlows([]*flow{f})
 	}
 	keep = func() {

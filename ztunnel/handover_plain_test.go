@@ -177,12 +177,15 @@ func TestFailedHandoverOfPlainConnections(t *testing.T) {
 			// Neither does one take what is wrong.
 			q := n.podAt(pod.addr)
 			for name, try := range map[string]func() error{
-				"no files": func() error { _, _, err := n.Take(PartVersion, texts[0], nil); return err },
+				"no files": func() error { _, _, err := n.Take(PartVersion, texts[0], nil, nil); return err },
 				"no such files": func() error {
-					_, _, err := n.Take(PartVersion, texts[0], []int{1 << 20, 1<<20 + 1})
+					_, _, err := n.Take(PartVersion, texts[0], nil, []int{1 << 20, 1<<20 + 1})
 					return err
 				},
-				"cut": func() error { _, _, err := n.Take(PartVersion, texts[0][:len(texts[0])-1], []int{0, 1}); return err },
+				"cut": func() error {
+					_, _, err := n.Take(PartVersion, texts[0][:len(texts[0])-1], nil, []int{0, 1})
+					return err
+				},
 			} {
 				if try() == nil {
 					t.Errorf("%s: taken", name)

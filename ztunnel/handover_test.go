@@ -192,10 +192,70 @@ func TestHandoverKeepsConnections(t *testing.T) {
 	servers.node.logged(`error="closed: no longer allowed: denied by policy shop/d"`)
 }
 
+// TestHandoverSendsBacklogsAhead replaces a proxy while an application does not
+// read: what waits for it is not in what is sent while the tunnel stands still,
+// and the application gets it all.
+func TestHandoverSendsBacklogsAhead(t *testing.T) {
+	const size = 12 << 20
+	p := newPair(t, func(c *net.TCPConn) {
+		b := make([]byte, size)
+		for i := range b {
+			b[i] = byte(i * 7 >> 3)
+		}
+		c.Write(b)
+	})
+	clients := begin(t, p.clientNode, p.client)
+	p.clientNode.stop()
+	c := p.client.dial(p.service)
+	const much = 200 << 10
+	eventually(t, "a backlog", func() bool { return clients.node.engine.Unread() > much })
+
+	var ahead int
+	h := &heirs{
+		ahead: func(text []byte) error { ahead += len(text); return nil },
+		give:  func([]byte, []int) error { return handover.ErrDeclined },
+	}
+	q := clients.node.podAt(p.client.addr)
+	ms := clients.node.pool.Movers(q.owner)
+	eventually(t, "a part without its backlog", func() bool { // more may come at the wrong moment
+		ahead = 0
+		if _, err := q.give(h, ms[0], 1); !errors.Is(err, handover.ErrDeclined) {
+			t.Fatal(err)
+		}
+		return ahead > much/2 && len(h.text) < much/2
+	})
+	// What somebody else has sent ahead is no part of it.
+	for name, early := range map[string][][]byte{"none": nil, "short": {{0, 0, 0, 1}}, "of another part": {{0, 0, 0, 2, 0, 0, 0, 1, 'x'}}} {
+		if _, _, err := clients.node.Take(PartVersion, h.text, early, nil); err == nil {
+			t.Errorf("%s: taken", name)
+		}
+	}
+
+	for range 3 {
+		if n := clients.succeed(); n != 1 {
+			t.Errorf("%d tunnels were handed over", n)
+		}
+		if _, err := io.CopyN(io.Discard, c, 1<<20); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "a backlog", func() bool { return clients.node.engine.Unread() > much })
+	}
+	got, err := io.ReadAll(c)
+	if err != nil || len(got) != size-3<<20 {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+	for i, b := range got {
+		if want := byte((i + 3<<20) * 7 >> 3); b != want {
+			t.Fatalf("byte %d is %d, want %d", i, b, want)
+		}
+	}
+}
+
 // heirs is an Heir that does as it is told.
 type heirs struct {
-	give func(text []byte, files []int) error
-	text []byte
+	ahead func(text []byte) error
+	give  func(text []byte, files []int) error
+	text  []byte
 }
 
 func (h *heirs) Give(text []byte, files []int) error {
@@ -203,6 +263,12 @@ func (h *heirs) Give(text []byte, files []int) error {
 	return h.give(text, files)
 }
 func (h *heirs) Done() error { return nil }
+func (h *heirs) Ahead(text []byte) error {
+	if h.ahead == nil {
+		return nil
+	}
+	return h.ahead(text)
+}
 
 // TestHandoverWaitsForHandshakes replaces a proxy while a tunnel to it is being
 // made: that is finished, and handed over with the rest.
@@ -357,15 +423,18 @@ func TestTakeRefuses(t *testing.T) {
 	if len(ms) != 1 {
 		t.Fatalf("%d tunnels", len(ms))
 	}
-	if _, err := q.give(h, ms[0]); err == nil {
+	if _, err := q.give(h, ms[0], 1); err == nil {
 		t.Fatal("given")
 	}
 	for name, try := range map[string]func() error{
-		"version": func() error { _, _, err := p.clientNode.Take(PartVersion+1, h.text, nil); return err },
-		"empty":   func() error { _, _, err := p.clientNode.Take(PartVersion, nil, nil); return err },
-		"cut":     func() error { _, _, err := p.clientNode.Take(PartVersion, h.text[:len(h.text)-1], nil); return err },
-		"files":   func() error { _, _, err := p.clientNode.Take(PartVersion, h.text, nil); return err },
-		"pod":     func() error { _, _, err := p.serverNode.Take(PartVersion, h.text, nil); return err },
+		"version": func() error { _, _, err := p.clientNode.Take(PartVersion+1, h.text, nil, nil); return err },
+		"empty":   func() error { _, _, err := p.clientNode.Take(PartVersion, nil, nil, nil); return err },
+		"cut": func() error {
+			_, _, err := p.clientNode.Take(PartVersion, h.text[:len(h.text)-1], nil, nil)
+			return err
+		},
+		"files": func() error { _, _, err := p.clientNode.Take(PartVersion, h.text, nil, nil); return err },
+		"pod":   func() error { _, _, err := p.serverNode.Take(PartVersion, h.text, nil, nil); return err },
 	} {
 		if try() == nil {
 			t.Errorf("%s: taken", name)

@@ -3,6 +3,7 @@ package ztunnel
 import (
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -10,13 +11,15 @@ import (
 // its state was written, and until the successor had taken it.
 type gift struct {
 	conns              int
+	bytes, ahead       int // of its text, and of what was sent before it stood still
 	freeze, pack, give time.Duration
 }
 
 // gifts are the parts that were handed over.
 type gifts struct {
-	tunnels, plain int // parts of each kind
-	conns          int // in all of them
+	begun          uint32 // parts that were tried
+	tunnels, plain int    // parts of each kind
+	conns          int    // in all of them
 	slowest        gift
 }
 
@@ -40,51 +43,67 @@ type pause struct {
 // maxPauses bounds how many are kept for the log.
 const maxPauses = 256
 
-// pauses are those of one takeover.
+// pauses are those of one takeover. Its zero value is ready.
 type pauses struct {
+	begun sync.WaitGroup // parts that are about to go on
+	mu    sync.Mutex
+	taken taken // guarded by mu
+}
+
+// taken is what was taken over, and how long it stood still.
+type taken struct {
 	tunnels, plain, conns int
 	longest               pause
 	first                 []pause
 }
 
-// paused notes the pause of a part.
-func (p *Proxy) paused(d pause) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	ps := &p.pauses
-	if d.plain {
-		ps.plain++
-	} else {
-		ps.tunnels++
-	}
-	ps.conns += d.conns
-	if d.whole > ps.longest.whole {
-		ps.longest = d
-	}
-	if len(ps.first) < maxPauses {
-		ps.first = append(ps.first, d)
+// begin says that a part is about to go on. What it returns is called once, when
+// it does, and does not block.
+func (ps *pauses) begin() (note func(pause)) {
+	ps.begun.Add(1)
+	return func(d pause) {
+		defer ps.begun.Done()
+		ps.mu.Lock()
+		defer ps.mu.Unlock()
+		ps.taken.add(d)
 	}
 }
 
-// TookOver returns, for the log, what was taken over since it was called last,
-// and how long it stood still: the longest pause and what of it was spent here,
-// and for each of the first 256 tunnels, and connections without one, the number
-// of connections and the pause.
+func (t *taken) add(d pause) {
+	if d.plain {
+		t.plain++
+	} else {
+		t.tunnels++
+	}
+	t.conns += d.conns
+	if d.whole > t.longest.whole {
+		t.longest = d
+	}
+	if len(t.first) < maxPauses {
+		t.first = append(t.first, d)
+	}
+}
+
+// TookOver waits until all that was taken over goes on. It returns, for the log,
+// what that was since it was called last, and how long it stood still: the
+// longest pause and what of it was spent here, and for each of the first 256
+// tunnels, and connections without one, the number of connections and the pause.
 func (p *Proxy) TookOver() []any {
-	p.mu.Lock()
-	ps := p.pauses
-	p.pauses = pauses{}
-	p.mu.Unlock()
+	p.pauses.begun.Wait()
+	p.pauses.mu.Lock()
+	t := p.pauses.taken
+	p.pauses.taken = taken{}
+	p.pauses.mu.Unlock()
 	var text strings.Builder
-	for i, d := range ps.first {
+	for i, d := range t.first {
 		if i > 0 {
 			text.WriteByte(',')
 		}
 		fmt.Fprintf(&text, "%d@%v", d.conns, d.whole)
 	}
 	return []any{
-		"tunnels", ps.tunnels, "connections", ps.conns, "without_tunnel", ps.plain, "pauses", text.String(),
-		"slowest_read", ps.longest.read, "slowest_resume", ps.longest.resume, "slowest_go", ps.longest.begin,
-		"longest_pause", ps.longest.whole,
+		"tunnels", t.tunnels, "connections", t.conns, "without_tunnel", t.plain, "pauses", text.String(),
+		"slowest_read", t.longest.read, "slowest_resume", t.longest.resume, "slowest_go", t.longest.begin,
+		"longest_pause", t.longest.whole,
 	}
 }

@@ -12,9 +12,9 @@ import (
 // on a cluster do too.
 func TestPausesInTheLog(t *testing.T) {
 	var p Proxy
-	p.paused(pause{conns: 2, whole: 1500 * time.Microsecond, read: time.Microsecond})
-	p.paused(pause{conns: 3, whole: 2 * time.Millisecond, read: 4 * time.Microsecond, resume: 5 * time.Microsecond, begin: 6 * time.Microsecond})
-	p.paused(pause{conns: 1, plain: true, whole: time.Millisecond})
+	p.pauses.begin()(pause{conns: 2, whole: 1500 * time.Microsecond, read: time.Microsecond})
+	p.pauses.begin()(pause{conns: 3, whole: 2 * time.Millisecond, read: 4 * time.Microsecond, resume: 5 * time.Microsecond, begin: 6 * time.Microsecond})
+	p.pauses.begin()(pause{conns: 1, plain: true, whole: time.Millisecond})
 	var b bytes.Buffer
 	log := slog.New(slog.NewTextHandler(&b, nil))
 	log.Info("took over", p.TookOver()...)
@@ -24,7 +24,7 @@ func TestPausesInTheLog(t *testing.T) {
 	}
 	b.Reset()
 	for range 2 * maxPauses {
-		p.paused(pause{conns: 1, whole: time.Second})
+		p.pauses.begin()(pause{conns: 1, whole: time.Second})
 	}
 	log.Info("took over", p.TookOver()...)
 	if n := strings.Count(b.String(), "1@1s"); n != maxPauses || strings.Contains(b.String(), "2@1.5ms") {

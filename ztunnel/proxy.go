@@ -114,13 +114,13 @@ type Proxy struct {
 
 	leaving  sync.WaitGroup // pods that drain
 	arriving atomic.Int64   // connections that were accepted, and are no tunnel and no flow yet
+	pauses   pauses         // of what was taken over
 
 	mu      sync.Mutex
 	pods    map[string]*pod // by UID: those that are served
 	owners  map[string]*pod // by owner: those and the ones that drain
 	born    uint64          // number of pods ever added
 	active  bool            // connections are accepted
-	pauses  pauses          // of what was taken over
 	stopped bool
 }
 

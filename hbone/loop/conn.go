@@ -171,8 +171,11 @@ func (c *Conn) over(err error) {
 func (l *eventLoop) dropConn(c *Conn) {
 	t := c.tunnel
 	if q := c.queue; q != nil {
-		n := q.clear(&l.store)
-		l.store.release(q)
+		n := q.n
+		if t.ahead[c.id] == 0 {
+			q.clear(&l.store)
+			l.store.release(q)
+		} // else somebody reads it
 		c.queue = nil
 		l.unread(t, -n)
 		t.core.Consumed(c.id, n)
@@ -249,6 +252,7 @@ func (l *eventLoop) readApp(c *Conn, turns int) {
 			return
 		}
 		c.fromApp.Add(int64(n))
+		l.moved += n
 		if n <= smallRead {
 			t.core.Send(c.id, l.read[http2.HeaderLen:http2.HeaderLen+n], false)
 			if len(t.core.Output()) >= gather {
@@ -351,6 +355,9 @@ func (l *eventLoop) deliver(c *Conn, p []byte) {
 // drainQueue gives the application what waits for it.
 func (l *eventLoop) drainQueue(c *Conn) {
 	t, q := c.tunnel, c.queue
+	if t.ahead[c.id] > 0 {
+		return
+	}
 	l.touch(t)
 	total := 0
 	var e syscall.Errno

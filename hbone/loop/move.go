@@ -32,7 +32,8 @@ type Frozen struct {
 	// Files are the descriptors of the tunnel and then of State.Conns. They
 	// stay the engine's.
 	Files  []int
-	Owners []Owner // of State.Conns
+	Owners []Owner   // of State.Conns
+	Since  time.Time // when it was stopped
 
 	t *tunnel
 }
@@ -78,6 +79,54 @@ func (l *eventLoop) call(f func()) {
 	f()
 }
 
+// A Backlog is what waits for an application that does not keep up: a part of
+// its queue.
+type Backlog struct {
+	ID     uint32 // of the stream
+	Pieces [][]byte
+}
+
+// leastAhead is how much must wait to be worth sending ahead.
+const leastAhead = 64 << 10
+
+// Ahead returns what has waited for applications since it was called last, if
+// that is much, so that it can be sent before the tunnel stands still. It does
+// not change until the tunnel is released, kept or thawed, and the applications
+// get none of it: their sockets are full.
+func (m Mover) Ahead() (all []Backlog) {
+	m.t.loop.call(func() { all = m.t.loop.ahead(m.t) })
+	return all
+}
+
+// ahead gives out the queues of t.
+func (l *eventLoop) ahead(t *tunnel) (all []Backlog) {
+	if t.ended || t.frozen || l.gone() {
+		return nil
+	}
+	for id, c := range t.conns {
+		if c.queue == nil || !c.is(connOpen) || c.queue.n-t.ahead[id] < leastAhead {
+			continue
+		}
+		all = append(all, Backlog{id, c.queue.pieces(t.ahead[id])})
+		if t.ahead == nil {
+			t.ahead = make(map[uint32]int)
+		}
+		t.ahead[id] = c.queue.n
+	}
+	return all
+}
+
+// back undoes ahead: applications get what waits.
+func (l *eventLoop) back(t *tunnel) {
+	ids := t.ahead
+	t.ahead = nil
+	for id := range ids {
+		if c := t.conns[id]; c != nil && c.queue != nil {
+			l.drainQueue(c)
+		}
+	}
+}
+
 // Freeze stops the tunnel and returns its state.
 func (m Mover) Freeze() (*Frozen, error) {
 	f, err := (*Frozen)(nil), ErrNotMovable
@@ -91,6 +140,7 @@ func (m Mover) Keep() {
 		if !m.t.ended && !m.t.frozen {
 			m.t.move.Store(false)
 			m.t.gone.Store(m.t.core.Draining())
+			m.t.loop.back(m.t)
 		}
 	})
 }
@@ -107,11 +157,12 @@ func (l *eventLoop) freeze(t *tunnel) (*Frozen, error) {
 	if t.ended || t.frozen || l.gone() {
 		return nil, ErrNotMovable
 	}
+	since := time.Now()
 	l.flush(t)
 	if t.ended {
 		return nil, ErrNotMovable
 	}
-	f := &Frozen{t: t, Files: []int{int(t.fd)}}
+	f := &Frozen{t: t, Files: []int{int(t.fd)}, Since: since}
 	if err := f.export(l.now); err != nil {
 		return nil, err
 	}
@@ -161,21 +212,21 @@ func (f *Frozen) export(now time.Time) error {
 	s.Left, s.Unsent = slices.Clone(t.left), slices.Clone(t.unsent)
 	s.Owed, s.Greeted = t.owed, t.greeted
 	for _, c := range t.conns {
-		s.Conns = append(s.Conns, c.export(now))
+		s.Conns = append(s.Conns, c.export(now, t.ahead[c.id]))
 		f.Files = append(f.Files, int(c.fd))
 		f.Owners = append(f.Owners, c.owner)
 	}
 	for _, r := range t.requests {
 		s.Requests = append(s.Requests, RequestState{
-			ID: r.id, Authority: r.text, Header: r.Header, Early: r.early.bytes(), Ended: r.ended,
+			ID: r.id, Authority: r.text, Header: r.Header, Early: r.early.bytes(0), Ended: r.ended,
 		})
 	}
 	return nil
 }
 
-func (c *Conn) export(now time.Time) ConnState {
+func (c *Conn) export(now time.Time, ahead int) ConnState {
 	s := ConnState{
-		ID: c.id, FromApp: c.fromApp.Load(), ToApp: c.toApp.Load(), Queue: c.queue.bytes(),
+		ID: c.id, FromApp: c.fromApp.Load(), ToApp: c.toApp.Load(), Queue: c.queue.bytes(ahead), Ahead: ahead,
 		Open: c.is(connOpen), ReadEnd: c.is(connReadEnd), PeerEnd: c.is(connPeerEnd), Shut: c.is(connShut), Deaf: c.is(connDeaf),
 	}
 	if op := c.opening; op != nil {
@@ -185,16 +236,13 @@ func (c *Conn) export(now time.Time) ConnState {
 	return s
 }
 
-// bytes returns a copy of what waits in q, which may be nil.
-func (q *queue) bytes() []byte {
+// bytes returns a copy of what waits in q, which may be nil, but for the first
+// bytes.
+func (q *queue) bytes(without int) []byte {
 	if q == nil {
 		return nil
 	}
-	b := make([]byte, 0, q.n)
-	for c := q.first; c != nil; c = c.next {
-		b = append(b, c.buf[c.r:c.w]...)
-	}
-	return b
+	return slices.Concat(q.pieces(without)...)
 }
 
 // thaw gives t back to the loop, and does what was put aside meanwhile.
@@ -204,6 +252,7 @@ func (l *eventLoop) thaw(t *tunnel) {
 		return
 	}
 	t.frozen = false
+	t.ahead = nil
 	t.move.Store(false)
 	t.gone.Store(t.core.Draining())
 	t.core.Hold(false)
@@ -455,6 +504,9 @@ func (e *Engine) arrive(s TunnelState, files []int, places []Place) (*Arrival, e
 		c.fromApp.Store(cs.FromApp)
 		c.toApp.Store(cs.ToApp)
 		c.flags = cs.flags()
+		if cs.Ahead > 0 {
+			c.queue = queueOf(cs.Early)
+		}
 		c.loop.Store(t.loop)
 		t.conns[cs.ID] = c
 	}
@@ -479,21 +531,27 @@ func (s *ConnState) flags() connFlags {
 func (a *Arrival) Peer() *mesh.Identity { return &a.t.peer }
 
 // Go lets the tunnel go on here. Its former process must not touch it any more.
-// Owners of connections that cannot go on hear so at once.
-func (a *Arrival) Go() {
+// Owners of connections that cannot go on hear so at once. It does not wait for
+// the loop: begun is called when the tunnel goes on, or has ended, there or here.
+func (a *Arrival) Go(begun func()) {
 	t := a.t
 	if err := a.admit(); err != nil {
 		t.abort(err)
 		t.forget()
+		begun()
 		return
 	}
-	t.loop.call(func() {
+	begin := func() {
 		if t.loop.gone() {
 			t.abandon()
-			return
+		} else {
+			t.loop.resume(t, &a.state)
 		}
-		t.loop.resume(t, &a.state)
-	})
+		begun()
+	}
+	if !t.loop.post(work{kind: workCall, call: begin}) {
+		begin()
+	}
 }
 
 // Discard lets go of the tunnel, which does not go on here.
@@ -510,6 +568,7 @@ func (a *Arrival) Discard() {
 func (l *eventLoop) resume(t *tunnel, s *TunnelState) {
 	t.frozen = false
 	for i := range s.Conns {
+		l.unread(t, s.Conns[i].Ahead)
 		l.refill(t, &t.conns[s.Conns[i].ID].queue, s.Conns[i].Queue)
 	}
 	l.take(t)
@@ -537,7 +596,9 @@ func (l *eventLoop) refill(t *tunnel, q **queue, p []byte) {
 	if len(p) == 0 {
 		return
 	}
-	*q = l.store.queue()
+	if *q == nil {
+		*q = l.store.queue()
+	}
 	(*q).write(&l.store, p)
 	l.unread(t, len(p))
 }

@@ -43,12 +43,17 @@ type TunnelState struct {
 type ConnState struct {
 	ID             uint32 // of its stream
 	FromApp, ToApp int64
-	Queue          []byte // what the application has not taken
+	Queue          []byte // what the application has not taken, but for what was sent ahead
 	Open           bool   // the peer has accepted
 	ReadEnd        bool   // the application has ended its direction
 	PeerEnd        bool   // the peer has ended its
 	Shut           bool   // and the application was told
 	Deaf           bool   // nobody hears the application any more
+
+	// What waits before Queue, as Mover.Ahead has told it, and how much that is.
+	// Whoever resumes fills in Early, which becomes the engine's; it is not packed.
+	Ahead int
+	Early [][]byte
 
 	// Of one that is not Open: what was asked for, and how long the peer may
 	// take to answer.
@@ -107,6 +112,7 @@ func (s *ConnState) pack(c *pack.Coder) {
 	pack.Uint(c, &s.FromApp, math.MaxInt64)
 	pack.Uint(c, &s.ToApp, math.MaxInt64)
 	pack.Bytes(c, &s.Queue, maxMoved)
+	pack.Uint(c, &s.Ahead, maxMoved)
 	for _, b := range []*bool{&s.Open, &s.ReadEnd, &s.PeerEnd, &s.Shut, &s.Deaf} {
 		pack.Bool(c, b)
 	}
@@ -191,7 +197,14 @@ func (s *TunnelState) check(conns int) error {
 			return fmt.Errorf("a connection on stream %d before its answer", c.ID)
 		}
 		open[c.ID] = false
-		queued += len(c.Queue)
+		early := 0
+		for _, p := range c.Early {
+			early += len(p)
+		}
+		if early != c.Ahead {
+			return fmt.Errorf("of a connection on stream %d %d bytes came ahead, want %d", c.ID, early, c.Ahead)
+		}
+		queued += c.Ahead + len(c.Queue)
 	}
 	for _, r := range s.Requests {
 		answered, there := open[r.ID]

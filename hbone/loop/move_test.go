@@ -1,11 +1,13 @@
 package loop
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -62,6 +64,14 @@ func copies(t testing.TB, fds []int) []int {
 // move moves a tunnel by way of bytes. The owners stay the same, each with a
 // Conn of its own, or they are those that the test made.
 func move(t testing.TB, m Mover, resume func(TunnelState, []int, []Place) (*Arrival, error), fail bool) error {
+	early := map[uint32][][]byte{}
+	for range 2 {
+		for _, b := range m.Ahead() {
+			for _, p := range b.Pieces {
+				early[b.ID] = append(early[b.ID], slices.Clone(p))
+			}
+		}
+	}
 	f, err := m.Freeze()
 	if err != nil {
 		return err
@@ -71,6 +81,9 @@ func move(t testing.TB, m Mover, resume func(TunnelState, []int, []Place) (*Arri
 	f.State.Wipe()
 	if err := pack.Read(b, s.Pack); err != nil {
 		t.Fatal(err)
+	}
+	for i := range s.Conns {
+		s.Conns[i].Early = early[s.Conns[i].ID]
 	}
 	files := copies(t, f.Files)
 	var places []Place
@@ -88,7 +101,7 @@ func move(t testing.TB, m Mover, resume func(TunnelState, []int, []Place) (*Arri
 		return nil
 	}
 	f.Release()
-	a.Go()
+	a.Go(func() {})
 	return nil
 }
 
@@ -264,6 +277,89 @@ func TestMovedConnectionsKeepTheirState(t *testing.T) {
 	}
 }
 
+// TestBacklogsWaitAhead gives out what waits for applications that do not read.
+// It does not change, and they get none of it, until the tunnel is kept, or
+// thawed: then they get all. One that ends meanwhile takes nothing with it.
+func TestBacklogsWaitAhead(t *testing.T) {
+	apps := make(chan *net.TCPConn, 16)
+	w, _ := movable(t, func(c *net.TCPConn) { apps <- c })
+	big := payload(9 << 20)
+	var all []*net.TCPConn
+	for range 3 {
+		c := w.dial()
+		app := <-apps
+		_ = app.SetDeadline(time.Now().Add(30 * time.Second))
+		t.Cleanup(func() { _ = app.Close() })
+		all = append(all, app)
+		go func() {
+			_, _ = c.Write(big)
+			_ = c.CloseWrite()
+		}()
+	}
+	m := w.server.Movers()[0]
+	var given map[uint32][]byte
+	var pieces map[uint32][][]byte
+	take := func() {
+		t.Helper()
+		given, pieces = map[uint32][]byte{}, map[uint32][][]byte{}
+		eventually(t, "that much waits for each", func() bool {
+			for _, b := range m.Ahead() {
+				pieces[b.ID] = append(pieces[b.ID], b.Pieces...)
+				given[b.ID] = append(given[b.ID], bytes.Join(b.Pieces, nil)...)
+			}
+			return len(given) == 3
+		})
+	}
+	take()
+	total := 0
+	for id, p := range given {
+		if !bytes.Contains(big, p) {
+			t.Errorf("stream %d: %d bytes that were not sent", id, len(p))
+		}
+		total += len(p)
+	}
+	if n := w.serving.Unread(); n < int64(total) {
+		t.Errorf("%d bytes are unread, and %d were given out", n, total)
+	}
+	// What the socket has it may have, and no more comes.
+	before := w.serving.Unread()
+	if _, err := io.ReadFull(all[0], make([]byte, 64<<10)); err != nil {
+		t.Fatal(err)
+	}
+	m.t.loop.call(func() {}) // a batch, in which it would be served
+	if n := w.serving.Unread(); n < before {
+		t.Errorf("%d bytes are unread, after %d: the application was served", n, before)
+	}
+	_ = all[2].SetLinger(0)
+	_ = all[2].Close()
+	eventually(t, "the end of the third", func() bool {
+		n := 0
+		m.t.loop.call(func() { n = len(m.t.conns) })
+		return n == 2
+	})
+	for id, ps := range pieces {
+		if !bytes.Equal(bytes.Join(ps, nil), given[id]) {
+			t.Errorf("stream %d: what was given out has changed", id)
+		}
+	}
+	m.Keep()
+	if _, err := io.ReadFull(all[0], make([]byte, 2<<20)); err != nil {
+		t.Errorf("after it was kept: %v", err)
+	}
+	eventually(t, "more to send ahead", func() bool { return len(m.Ahead()) > 0 })
+	f, err := m.Freeze()
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Thaw()
+	for i, app := range all[:2] {
+		n, err := io.Copy(io.Discard, app)
+		if want := len(big) - (1-i)*(2<<20+64<<10); err != nil || int(n) != want {
+			t.Errorf("connection %d: %d bytes, want %d, %v", i, n, want, err)
+		}
+	}
+}
+
 // TestRequestsMove moves a server while nobody has answered a request: it is
 // asked again where it went.
 func TestRequestsMove(t *testing.T) {
@@ -322,6 +418,9 @@ func TestFrozenConnectionsWait(t *testing.T) {
 		"missing": func(s *TunnelState) { s.Conns = s.Conns[1:] },
 		"secret":  func(s *TunnelState) { s.Seal.Secret = nil },
 		"queue":   func(s *TunnelState) { s.Conns[0].Queue = make([]byte, 1) },
+		"ahead":   func(s *TunnelState) { s.Conns[0].Ahead = 1 },
+		"early":   func(s *TunnelState) { s.Conns[0].Early = [][]byte{{1}} },
+		"both":    func(s *TunnelState) { s.Conns[0].Ahead, s.Conns[0].Early = 1, [][]byte{{1}} },
 		"request": func(s *TunnelState) { s.Requests = []RequestState{{ID: 1}} },
 	} {
 		st := TunnelState{}
@@ -381,6 +480,6 @@ func FuzzArrival(f *testing.F) {
 			}
 			return
 		}
-		a.Go()
+		a.Go(func() {})
 	})
 }

@@ -54,8 +54,12 @@ func (s *store) chunk(n int) *chunk {
 
 func (s *store) free(c *chunk) {
 	list := &s.small
-	if len(c.buf) > smallChunk {
+	switch len(c.buf) {
+	case smallChunk:
+	case largeChunk:
 		list = &s.large
+	default: // it came from another process
+		return
 	}
 	*c = chunk{buf: c.buf}
 	if len(*list) < keepChunks {
@@ -104,6 +108,35 @@ func (q *queue) drop(s *store, n int) {
 		q.last = nil
 	}
 	s.free(c)
+}
+
+// pieces returns what waits but for the first bytes. It stays what it is until
+// something is dropped.
+func (q *queue) pieces(without int) (ps [][]byte) {
+	for c := q.first; c != nil; c = c.next {
+		p := c.buf[c.r:c.w:c.w]
+		k := min(without, len(p))
+		if without -= k; k < len(p) {
+			ps = append(ps, p[k:])
+		}
+	}
+	return ps
+}
+
+// queueOf makes a queue of pieces, whose memory is its own from then on.
+func queueOf(ps [][]byte) *queue {
+	q := new(queue)
+	for _, p := range ps {
+		c := &chunk{buf: p, w: len(p)}
+		if q.last == nil {
+			q.first = c
+		} else {
+			q.last.next = c
+		}
+		q.last = c
+		q.n += len(p)
+	}
+	return q
 }
 
 // clear drops everything and returns how much that was.

@@ -68,7 +68,8 @@ type tunnel struct {
 	proof    time.Time     // until when the peer's certificate is good
 	closeBy  time.Time     // when the last words have had their time
 	closeErr error
-	late     []work // put aside while it is frozen
+	late     []work         // put aside while it is frozen
+	ahead    map[uint32]int // by stream: how much of its queue was given out by Mover.Ahead
 }
 
 // A host is what a tunnel was made for.
@@ -254,6 +255,7 @@ func (l *eventLoop) readTunnel(t *tunnel) {
 			l.endRead(t, io.ErrUnexpectedEOF)
 			return
 		}
+		l.moved += n
 		if cap(t.left) > 0 {
 			l.store.freeRecord(t.left)
 			t.left = nil

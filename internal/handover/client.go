@@ -15,11 +15,12 @@ import (
 
 // A Taker takes parts in a successor.
 type Taker interface {
-	// Take prepares a part of a version. files are its own, unless it fails. It
-	// neither reads nor writes them before go is called. Exactly one of the two
-	// functions is called: go lets the part go on here; keep lets go of it,
-	// without a word to anybody.
-	Take(version uint32, text []byte, files []int) (goOn, keep func(), err error)
+	// Take prepares a part of a version. ahead is what was sent ahead of it, in
+	// order: it and the files are its own, unless it fails. It neither reads nor
+	// writes the files before go is called. Exactly one of the two functions is
+	// called: go lets the part go on here; keep lets go of it, without a word to
+	// anybody.
+	Take(version uint32, text []byte, ahead [][]byte, files []int) (goOn, keep func(), err error)
 }
 
 // ClientConfig is what a Client needs.
@@ -66,6 +67,8 @@ func Take(ctx context.Context, cfg ClientConfig) (parts int, err error) {
 	if err := p.send(message{kind: ready}); err != nil {
 		return 0, err
 	}
+	var early luggage
+	defer early.clear()
 	for {
 		m, err := p.receive(time.Time{})
 		if err != nil {
@@ -77,8 +80,12 @@ func Take(ctx context.Context, cfg ClientConfig) (parts int, err error) {
 		switch m.kind {
 		case done:
 			return parts, nil
+		case ahead:
+			if err := early.add(m.text); err != nil {
+				return parts, err
+			}
 		case part:
-			went, err := takePart(p, cfg, version, m)
+			went, err := takePart(p, cfg, version, m, &early)
 			if err != nil {
 				return parts, err
 			}
@@ -114,10 +121,35 @@ func greet(p *pipe, g Greeting) (version uint32, err error) {
 	return 0, fmt.Errorf("the predecessor answers with a message of kind %d", m.kind)
 }
 
+// luggage is what was sent ahead of a part.
+type luggage struct {
+	pieces [][]byte
+	size   int
+}
+
+func (g *luggage) add(text []byte) error {
+	g.pieces = append(g.pieces, text)
+	if g.size += len(text) + 64; g.size > MaxText { // a small one costs something, too
+		return errors.New("the predecessor sends too much ahead of a connection")
+	}
+	return nil
+}
+
+func (g *luggage) clear() {
+	for _, p := range g.pieces {
+		clear(p)
+	}
+	*g = luggage{}
+}
+
 // takePart takes one part, if it can. An error ends the connection.
-func takePart(p *pipe, cfg ClientConfig, version uint32, m message) (went bool, err error) {
-	goNow, letGo, err := cfg.Taker.Take(version, m.text, m.files)
+func takePart(p *pipe, cfg ClientConfig, version uint32, m message, early *luggage) (went bool, err error) {
+	goNow, letGo, err := cfg.Taker.Take(version, m.text, early.pieces, m.files)
 	m.clear()
+	if err == nil {
+		*early = luggage{} // the taker has it
+	}
+	early.clear()
 	if err != nil {
 		m.close()
 		cfg.Log.Warn("a connection cannot be taken over: it stays with the ztunnel that has it", "error", err)

@@ -11,6 +11,7 @@
 //	successor → predecessor   hello, with the versions of parts that it takes
 //	predecessor → successor   welcome, with the one to use; or refuse
 //	successor → predecessor   ready, once it serves the same pods
+//	predecessor → successor   what is large in a part, ahead of it
 //	predecessor → successor   a part: text and files, in pieces
 //	successor → predecessor   taken or declined
 //	predecessor → successor   go: the part is the successor's
@@ -20,6 +21,10 @@
 // then on: so at no time do both of them touch a connection. Whatever goes
 // wrong before go leaves the part where it was, and ends the socket's
 // connection, which tells the successor to let go of its copy.
+//
+// A connection stands still while its part is on the way. So what does not
+// change any more until then is sent ahead, while the predecessor still carries
+// it.
 package handover
 
 import (
@@ -36,22 +41,25 @@ import (
 
 // Version is the version of the messages here. What is in the parts has
 // versions of its own.
-const Version = 1
+const Version = 2
 
 // Bounds of a message. Packets are as large as a socket takes at once by
 // default, and carry as many files as the kernel lets them (SCM_MAX_FD).
 const (
-	maxPiece = 64 << 10
+	// MaxAhead bounds what is sent ahead in one message: 64 KiB, and a little
+	// that says what it is.
+	MaxAhead = 64<<10 + 64
+	maxPiece = MaxAhead
 	maxFiles = 253
 	// MaxText and MaxPartFiles bound a part: a tunnel with all that its windows
-	// let wait in it.
+	// let wait in it. What is sent ahead of a part has the same bound once more.
 	MaxText      = 160 << 20
 	MaxPartFiles = 8192
 )
 
 // stepTimeout bounds each step that the other end has to do. A successor that
 // takes longer is not one.
-const stepTimeout = 2 * time.Second
+const stepTimeout = 4 * time.Second
 
 // kind is what a packet is about. The zero kind is invalid.
 type kind uint8
@@ -66,6 +74,7 @@ const (
 	declined
 	goOn
 	done
+	ahead
 )
 
 // headerLen is the length of what begins each packet: its kind, whether more
@@ -99,6 +108,7 @@ type pipe struct {
 }
 
 func newPipe(c *net.UnixConn) *pipe {
+	roomy(c)
 	return &pipe{c: c, in: make([]byte, headerLen+maxPiece+1), oob: make([]byte, unix.CmsgSpace(4*maxFiles))}
 }
 
@@ -174,7 +184,7 @@ func (p *pipe) receivePiece(m *message) (more bool, err error) {
 	}
 	k := kind(p.in[0])
 	switch {
-	case k < hello || k > done || p.in[1] > 1:
+	case k < hello || k > ahead || p.in[1] > 1:
 		return false, fmt.Errorf("receive handover message: kind %d is not known", k)
 	case m.kind != 0 && m.kind != k:
 		return false, errors.New("receive handover message: pieces of two messages")
@@ -220,6 +230,19 @@ func openRights(oob []byte) ([]int, error) {
 		err = errors.Join(err, perr)
 	}
 	return fds, err
+}
+
+// roomy makes room for a whole part, as it mostly is, between the two: else
+// they wake each other up for every few packets, and connections stand still
+// meanwhile. It takes CAP_NET_ADMIN. Without it things are as they are.
+func roomy(c *net.UnixConn) {
+	rc, err := c.SyscallConn()
+	if err != nil {
+		return
+	}
+	_ = rc.Control(func(fd uintptr) {
+		_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, 4<<20)
+	})
 }
 
 // checkPeer wants the process at the other end to run as the user of this one:

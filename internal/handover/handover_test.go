@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -73,13 +74,14 @@ type taker struct {
 	refuse  bool
 	version uint32
 	texts   [][]byte
+	ahead   []string
 	said    []string // what the files say
 	went    int
 	kept    int
 	takenUp chan struct{} // if not nil, Take waits for it
 }
 
-func (k *taker) Take(version uint32, text []byte, files []int) (func(), func(), error) {
+func (k *taker) Take(version uint32, text []byte, ahead [][]byte, files []int) (func(), func(), error) {
 	if k.takenUp != nil {
 		<-k.takenUp
 	}
@@ -90,6 +92,7 @@ func (k *taker) Take(version uint32, text []byte, files []int) (func(), func(), 
 	}
 	k.version = version
 	k.texts = append(k.texts, bytes.Clone(text))
+	k.ahead = append(k.ahead, string(bytes.Join(ahead, []byte("|"))))
 	for _, fd := range files {
 		b := make([]byte, 16)
 		n, _ := unix.Pread(fd, b, 0)
@@ -166,6 +169,74 @@ func TestPartsArrive(t *testing.T) {
 	}
 	if err := h.Give([]byte("late"), nil); err == nil {
 		t.Error("a successor took a part after the last")
+	}
+}
+
+// TestAhead sends things ahead of their parts. Each part gets its own, also after
+// one that was declined.
+func TestAhead(t *testing.T) {
+	s, path := served(t, 1)
+	k := &taker{}
+	end := taking(t, path, k, 1)
+	h := heir(t, s)
+	full := bytes.Repeat([]byte("x"), MaxAhead)
+	ahead := func(texts ...[]byte) {
+		t.Helper()
+		for _, text := range texts {
+			if err := h.Ahead(text); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	refuse := func(yes bool) { k.mu.Lock(); defer k.mu.Unlock(); k.refuse = yes }
+	ahead([]byte("a"), full, []byte("b"))
+	if err := h.Give(nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	refuse(true)
+	ahead([]byte("c"))
+	if err := h.Give(nil, nil); !errors.Is(err, ErrDeclined) {
+		t.Fatal(err)
+	}
+	refuse(false)
+	ahead([]byte("d"), []byte("e"))
+	for range 2 {
+		if err := h.Give(nil, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := h.Ahead(append(full, 'y')); err == nil {
+		t.Error("more was sent than a message may hold")
+	}
+	if err := errors.Join(h.Done(), <-end); err != nil {
+		t.Fatal(err)
+	}
+	if want := []string{"a|" + string(full) + "|b", "d|e", ""}; !slices.Equal(k.ahead, want) {
+		t.Errorf("%d parts with %.20q ahead", len(k.ahead), k.ahead)
+	}
+	if err := h.Ahead(nil); err == nil {
+		t.Error("something was sent after the last part")
+	}
+}
+
+// TestTooMuchAhead shows that a predecessor cannot fill the memory of its
+// successor.
+func TestTooMuchAhead(t *testing.T) {
+	var g luggage
+	for n := 0; ; n++ {
+		err := g.add(make([]byte, 1<<20))
+		if err != nil && n >= MaxText>>20-2 {
+			break
+		}
+		if err != nil || n > MaxText>>20 {
+			t.Fatalf("after %d MiB: %v", n, err)
+		}
+	}
+	g.clear()
+	for n := 0; g.add(nil) == nil; n++ {
+		if n > MaxText/64 {
+			t.Fatal("nothing is sent again and again")
+		}
 	}
 }
 
@@ -321,7 +392,7 @@ func TestBadSuccessorsBreakNothing(t *testing.T) {
 			c := dial(t, path)
 			play(c)
 			if name != "silent" && name != "dies greeted" {
-				_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
+				_ = c.SetReadDeadline(time.Now().Add(3 * stepTimeout))
 				for err := error(nil); err == nil; {
 					if _, err = c.Read(make([]byte, 4096)); errors.Is(err, os.ErrDeadlineExceeded) {
 						t.Error("it is still connected")
@@ -445,6 +516,7 @@ func FuzzMessages(f *testing.F) {
 	f.Add([]byte{byte(part), 1, 0, 0, 'a'}, []byte{byte(part), 0, 0, 0, 'b'}, uint8(0))
 	f.Add([]byte{byte(part), 1, 0, 2}, []byte{byte(part), 0, 0, 0, 'b'}, uint8(2))
 	f.Add([]byte{1, 0, 0, 0}, []byte{}, uint8(0))
+	f.Add([]byte{byte(ahead), 0, 0, 0, 'a'}, []byte{byte(ahead), 1, 0, 0, 'b'}, uint8(0))
 	f.Fuzz(func(t *testing.T, a, b []byte, fds uint8) {
 		pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
@@ -465,7 +537,7 @@ func FuzzMessages(f *testing.F) {
 			if err != nil {
 				return
 			}
-			if m.kind < hello || m.kind > done || m.kind != part && len(m.files) > 0 {
+			if m.kind < hello || m.kind > ahead || m.kind != part && len(m.files) > 0 {
 				t.Fatalf("kind %d with %d files", m.kind, len(m.files))
 			}
 			m.close()

@@ -242,6 +242,35 @@ func (h *Heir) Give(text []byte, files []int) error {
 	if len(text) > MaxText || len(files) > MaxPartFiles {
 		return fmt.Errorf("%w: it has %d bytes and %d files", ErrDeclined, len(text), len(files))
 	}
+	if err := h.listens(); err != nil {
+		return err
+	}
+	err := h.give(text, files)
+	if err != nil && !errors.Is(err, ErrDeclined) {
+		h.end() // which tells the successor, if it is there, to let go
+	}
+	return err
+}
+
+// Ahead sends something that belongs to the part which is given next, at most
+// MaxAhead bytes. It does not wait for the successor, which forgets it if it
+// declines the part. text is the caller's to clear.
+func (h *Heir) Ahead(text []byte) error {
+	if len(text) > MaxAhead {
+		return fmt.Errorf("send ahead: it has %d bytes", len(text))
+	}
+	if err := h.listens(); err != nil {
+		return err
+	}
+	err := h.pipe.send(message{kind: ahead, text: text})
+	if err != nil {
+		h.end()
+	}
+	return err
+}
+
+// listens reports, as an error, why nothing may be sent to the successor.
+func (h *Heir) listens() error {
 	select {
 	case <-h.gone:
 		return errHeirGone
@@ -249,12 +278,8 @@ func (h *Heir) Give(text []byte, files []int) error {
 		h.end()
 		return errors.New("the successor answers what it was not asked")
 	default:
+		return nil
 	}
-	err := h.give(text, files)
-	if err != nil && !errors.Is(err, ErrDeclined) {
-		h.end() // which tells the successor, if it is there, to let go
-	}
-	return err
 }
 
 func (h *Heir) give(text []byte, files []int) error {
