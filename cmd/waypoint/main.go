@@ -16,6 +16,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
+	_ "golang.org/x/crypto/x509roots/fallback" // for TLS to the outside: the image has no file of authorities, unless one is mounted
 
 	"github.com/weft-mesh/weft/api/feed"
 	"github.com/weft-mesh/weft/identity"

@@ -3,9 +3,12 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"io"
 	"net"
 	"net/http"
+	"os"
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -108,5 +111,25 @@ func TestDump(t *testing.T) {
 	}
 	if d := dump(c, new(view.View)); d.Waypoint != nil || len(d.Services) != 0 {
 		t.Errorf("dump of nothing %+v", d)
+	}
+}
+
+// The image holds the program and nothing else. It verifies servers outside of
+// the mesh all the same.
+func TestAuthoritiesOfAnEmptyImage(t *testing.T) {
+	if os.Getenv("SSL_CERT_FILE") != "/nowhere" {
+		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
+		cmd.Env = append(os.Environ(), "SSL_CERT_FILE=/nowhere", "SSL_CERT_DIR=/nowhere")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%v\n%s", err, out)
+		}
+		return
+	}
+	pool, err := x509.SystemCertPool()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if pool.Equal(x509.NewCertPool()) {
+		t.Error("there are no authorities, so nobody outside of the mesh can be verified")
 	}
 }
