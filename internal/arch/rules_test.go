@@ -47,7 +47,7 @@ var rooms = map[string][]string{
 	"google.golang.org/grpc":         {"api/meshv1", "api/feed", "identity/issue", "control"},
 	"github.com/spiffe/go-spiffe":    {"identity", "identity/ca"},
 	"github.com/tetratelabs/wazero":  {"waypoint/wasm"},
-	"golang.org/x/crypto/x509roots": {"cmd/waypoint"}, // it changes what the whole program trusts
+	"golang.org/x/crypto/x509roots":  {"cmd/waypoint"}, // it changes what the whole program trusts
 }
 
 // An edge is one import. Our own packages go without the module's prefix.
