@@ -54,7 +54,7 @@ type eventLoop struct {
 	poller     *os.File        // the epoll, which itself is in Go's poller
 	raw        syscall.RawConn // of poller
 	wakeBy     time.Time       // the deadline of poller; zero if it has none
-	woken      bool            // by that deadline, which is over
+	moved      int             // bytes that the batch at hand has read
 	events     []unix.EpollEvent
 	now        time.Time // of the batch at hand
 	sweepAt    time.Time // when a tunnel wants tick; zero if none does
@@ -178,61 +178,84 @@ func (l *eventLoop) post(w work) bool {
 }
 
 // run carries until it is told to stop.
-func (l *eventLoop) run() {
-	ready := 0
-	look := func(uintptr) bool {
-		ready = poll(l.ep, l.events)
-		return ready > 0
-	}
-	for !l.stopping {
-		ready = 0
-		l.wait(look)
-		l.tell(time.Now())
-		for i := range l.events[:ready] {
-			l.event(&l.events[i])
-		}
-		if l.pending.Load() {
-			l.takeInbox()
-		}
-		l.goOn()
-		if !l.sweepAt.IsZero() && !l.now.Before(l.sweepAt) {
-			l.sweep()
-		}
-		for i := 0; i < len(l.dirty); i++ { // it may grow meanwhile
-			l.flush(l.dirty[i])
-			l.dirty[i] = nil
-		}
-		l.dirty = l.dirty[:0]
-		l.freeConns = append(l.freeConns, l.freedConns...)
-		l.freedConns = l.freedConns[:0]
-		l.freeTunnels = append(l.freeTunnels, l.freedTunnels...)
-		l.freedTunnels = l.freedTunnels[:0]
-	}
-	l.close()
-}
-
-// wait returns once there is something to do, also if look has found nothing.
 //
 // It waits as goroutines do, not in epoll_wait(2). A thread that sleeps in a
 // system call keeps its processor until Go's monitor takes that away, for which
 // the monitor wakes up every 20 us, on a busy node for a sixth of all CPU time.
 // And what the loop starts would wait for another thread to wake up.
-func (l *eventLoop) wait(look func(uintptr) bool) {
-	if look(0) || len(l.again) > 0 || len(l.againTunnels) > 0 || l.pending.Load() {
-		l.hurry()
-		return
+func (l *eventLoop) run() {
+	carry := l.carry
+	for !l.stopping {
+		if l.raw.Read(carry) != nil { // the deadline has come
+			l.wakeBy = time.Time{}
+			_ = l.poller.SetReadDeadline(l.wakeBy) // it has worked before
+		}
 	}
-	l.rest()
-	if l.woken || !l.wakeBy.Equal(l.sweepAt) {
-		l.wakeBy = l.sweepAt
-		_ = l.poller.SetReadDeadline(l.wakeBy) // it has worked before
-		l.woken = false
-	}
-	l.sleeping.Store(true)
-	if !l.pending.Load() {
-		l.woken = l.raw.Read(look) != nil
-	}
+	l.close()
+}
+
+// carry does batch after batch while there is something to do, and reports
+// whether the loop is to end. Else Go's poller calls it again when the epoll has
+// something new: also if that came before carry returned, so that there is no
+// need to look once more before each sleep.
+func (l *eventLoop) carry(uintptr) (end bool) {
 	l.sleeping.Store(false)
+	for first := true; ; first = false {
+		ready := poll(l.ep, l.events)
+		if ready > 0 || first || l.more() {
+			if !first {
+				l.hurry()
+			}
+			l.batch(l.events[:ready])
+			if l.stopping {
+				return true
+			}
+			if ready > 1 || l.moved > smallRead || l.more() {
+				continue // it is busy: there may be something already
+			}
+		}
+		l.rest()
+		if !l.wakeBy.Equal(l.sweepAt) {
+			l.wakeBy = l.sweepAt
+			_ = l.poller.SetReadDeadline(l.wakeBy) // as above
+		}
+		l.sleeping.Store(true)
+		if !l.pending.Load() {
+			return false
+		}
+		l.sleeping.Store(false)
+	}
+}
+
+// more reports whether there is something to do of which the epoll knows
+// nothing.
+func (l *eventLoop) more() bool {
+	return len(l.again) > 0 || len(l.againTunnels) > 0 || l.pending.Load()
+}
+
+// batch does what there is to do.
+func (l *eventLoop) batch(events []unix.EpollEvent) {
+	l.moved = 0
+	l.tell(time.Now())
+	for i := range events {
+		l.event(&events[i])
+	}
+	if l.pending.Load() {
+		l.takeInbox()
+	}
+	l.goOn()
+	if !l.sweepAt.IsZero() && !l.now.Before(l.sweepAt) {
+		l.sweep()
+	}
+	for i := 0; i < len(l.dirty); i++ { // it may grow meanwhile
+		l.flush(l.dirty[i])
+		l.dirty[i] = nil
+	}
+	l.dirty = l.dirty[:0]
+	l.freeConns = append(l.freeConns, l.freedConns...)
+	l.freedConns = l.freedConns[:0]
+	l.freeTunnels = append(l.freeTunnels, l.freedTunnels...)
+	l.freedTunnels = l.freedTunnels[:0]
 }
 
 // tell sets the time of a batch. What kept the loop busy long before it is
