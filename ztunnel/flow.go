@@ -67,6 +67,9 @@ type plainFlow struct {
 	ends   []net.Conn   // guarded by flow.mu
 	looked atomic.Bool  // the application's keepalive was looked at
 	halter relay.Halter // while it is copied
+	// outer is the client's flow, if this is the server's and both are pods of
+	// this node. The two share stats and bytes.
+	outer *flow
 }
 
 // An endpoint is a netip.AddrPort in 19 bytes, without a zone. The zero

@@ -62,9 +62,7 @@ type movedFlow struct {
 func (m *movedPart) pack(c *pack.Coder) {
 	pack.Uint(c, &m.number, math.MaxUint32)
 	pack.String(c, &m.pod, 128)
-	for _, s := range []*string{&m.id.TrustDomain, &m.id.Namespace, &m.id.ServiceAccount} {
-		pack.String(c, s, 1<<10)
-	}
+	packIdentity(c, &m.id)
 	pack.Uint(c, &m.frozen, math.MaxInt64)
 	pack.List(c, &m.flows, handover.MaxPartFiles, func(c *pack.Coder, f *movedFlow) { f.pack(c) })
 	plain := m.plain != nil
@@ -76,6 +74,12 @@ func (m *movedPart) pack(c *pack.Coder) {
 		m.plain = new(movedPlain)
 	}
 	m.plain.pack(c)
+}
+
+func packIdentity(c *pack.Coder, id *mesh.Identity) {
+	for _, s := range []*string{&id.TrustDomain, &id.Namespace, &id.ServiceAccount} {
+		pack.String(c, s, 1<<10)
+	}
 }
 
 func (f *movedFlow) pack(c *pack.Coder) {

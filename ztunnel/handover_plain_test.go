@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/weft-mesh/weft/internal/handover"
+	"github.com/weft-mesh/weft/internal/pack"
 )
 
 // TestHandoverOfPlainConnections replaces a proxy many times under connections
@@ -199,18 +200,99 @@ func TestFailedHandoverOfPlainConnections(t *testing.T) {
 	}
 }
 
-// TestDirectConnectionsStay: between two pods of a node there are two flows, which
-// are decided on apart.
-func TestDirectConnectionsStay(t *testing.T) {
+// TestHandoverBetweenPodsOfANode replaces a proxy that joins two pods of its node
+// without a tunnel. Both flows of each connection go on: the bytes, what has
+// ended, the log, and the policies.
+func TestHandoverBetweenPodsOfANode(t *testing.T) {
+	w := newWorld(t)
+	near := func(c *Config) { c.SameNode = true }
+	n := w.node(near)
+	client, server := n.add("client", nil), n.add("server", nil)
+	service := w.publish("server", client, server, server.app(echo).Port(), nil)
+	w.setPolicies(allowOnly("a", "client"))
+	line := beginWith(t, n, near, client, server)
+	n.stop()
+	idle, half, doomed := client.dial(service), client.dial(service), client.dial(service)
+	for _, c := range []*net.TCPConn{idle, half, doomed} {
+		hello(t, c)
+	}
+	var talks sync.WaitGroup
+	stop := make(chan struct{})
+	for i := range 4 {
+		c := client.dial(service)
+		talks.Go(func() {
+			for k := 0; ; k++ {
+				if err := roundTrip(c, strings.Repeat(fmt.Sprint("talk ", i, k), 1+i*2000)); err != nil {
+					t.Errorf("connection %d, after %d: %v", i, k, err)
+					return
+				}
+				select {
+				case <-stop:
+					return
+				default:
+				}
+			}
+		})
+	}
+	parts := 0
+	for range 5 {
+		parts += line.succeed()
+	}
+	close(stop)
+	talks.Wait()
+	// One may stay, and drain, when it did not stand still in time.
+	if parts < 5*5 {
+		t.Errorf("%d connections were handed over in 5 times, want most of 7 each time", parts)
+	}
+	if n := len(line.node.flows.all()); n < 6 || n%2 == 1 {
+		t.Errorf("%d flows, want two of each connection", n)
+	}
+	if _, err := io.WriteString(half, "question"); err != nil {
+		t.Error(err)
+	}
+	_ = half.CloseWrite()
+	if b, err := io.ReadAll(half); err != nil || string(b) != "question" {
+		t.Errorf("the half-closed connection: %q, %v", b, err)
+	}
+	for _, direction := range []string{"outbound", "inbound"} { // of all its processes together
+		line.node.logged(`direction="`+direction+`"`, "bytes_sent=13", "bytes_recv=13")
+	}
+	if err := roundTrip(idle, "still there"); err != nil {
+		t.Errorf("the idle connection: %v", err)
+	}
+	w.setPolicies(denyFrom("d", "client"))
+	closed(t, doomed, 5*time.Second)
+	line.node.logged(`error="closed: no longer allowed: denied by policy shop/d"`)
+}
+
+// TestTakeRefusesStrangePairs gives a proxy connections between two pods that
+// are not those it serves.
+func TestTakeRefusesStrangePairs(t *testing.T) {
 	w := newWorld(t)
 	n := w.node(func(c *Config) { c.SameNode = true })
 	client, server := n.add("client", nil), n.add("server", nil)
 	c := client.dial(w.publish("server", client, server, server.app(echo).Port(), nil))
 	hello(t, c)
-	h := &heirs{give: func([]byte, []int) error { t.Error("one was given"); return nil }}
+	h := &heirs{give: func([]byte, []int) error { return handover.ErrDeclined }}
 	pods := []*pod{n.podAt(client.addr), n.podAt(server.addr)}
 	if err := n.handOverPlain(h, pods, time.Now().Add(time.Minute), new(gifts)); err != nil {
-		t.Error(err)
+		t.Fatal(err)
+	}
+	for name, change := range map[string]func(*movedPart){
+		"no peer":        func(m *movedPart) { m.plain.peer = "" },
+		"another peer":   func(m *movedPart) { m.plain.peer = "nobody" },
+		"its name":       func(m *movedPart) { m.plain.peerID.ServiceAccount = "somebody" },
+		"one flow":       func(m *movedPart) { m.flows = m.flows[:1] },
+		"another client": func(m *movedPart) { m.pod = "nobody" },
+	} {
+		var m movedPart
+		if err := pack.Read(h.text, m.pack); err != nil {
+			t.Fatal(err)
+		}
+		change(&m)
+		if _, _, err := n.Take(PartVersion, pack.Write(m.pack), nil, []int{0, 1}); err == nil {
+			t.Errorf("%s: taken", name)
+		}
 	}
 	hello(t, c)
 }

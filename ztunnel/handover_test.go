@@ -29,12 +29,18 @@ type dynasty struct {
 	server *handover.Server
 	path   string
 	born   int
+	change func(*Config) // may be nil
 }
 
 // begin makes the first proxy of a dynasty, which serves the pods of n as well.
 // What n accepted so far stays its own.
 func begin(t *testing.T, n *node, pods ...*testPod) *dynasty {
-	l := &dynasty{t: t, world: n.world, pods: map[string]*testPod{}, node: n, path: filepath.Join(t.TempDir(), "run", "handover.sock")}
+	return beginWith(t, n, nil, pods...)
+}
+
+// beginWith is begin with a change of each Config.
+func beginWith(t *testing.T, n *node, change func(*Config), pods ...*testPod) *dynasty {
+	l := &dynasty{t: t, change: change, world: n.world, pods: map[string]*testPod{}, node: n, path: filepath.Join(t.TempDir(), "run", "handover.sock")}
 	for _, p := range pods {
 		l.pods[p.uid] = p
 	}
@@ -58,6 +64,9 @@ func (l *dynasty) proxy() (*node, *handover.Server) {
 			return nil
 		}
 		c.DrainTimeout = 200 * time.Millisecond
+		if l.change != nil {
+			l.change(c)
+		}
 	})
 	return n, s
 }

@@ -168,11 +168,12 @@ func (q *pod) goOn(f *flow, do func() (carried bool, err error)) error {
 }
 
 // over counts and logs the end of a flow, and returns why it failed, if it did.
+// With relay.ErrLeft it has not ended, and another process has it in its books.
 func (q *pod) over(f *flow, err error) error {
 	err = f.outcome(err)
 	if errors.Is(err, relay.ErrLeft) {
 		q.movedOn(f)
-		return nil
+		return err
 	}
 	q.open.Add(-1)
 	q.proxy.flows.remove(f)
@@ -311,7 +312,7 @@ func (q *pod) crossOver(ctx context.Context, peer *pod, plan plan, f *flow, c *n
 	return peer.receive(ctx, &flow{
 		direction: inbound, pod: peer, src: endpointOf(src), dst: endpointOf(plan.authority),
 		sourceID: &q.id, destinationID: &peer.id,
-		start: f.start, plain: &plainFlow{stats: f.plain.stats},
+		start: f.start, plain: &plainFlow{stats: f.plain.stats, outer: f},
 	}, plainCaller{c})
 }
 
