@@ -48,7 +48,7 @@ func TestPodsOwnNetworkIsNoWayAround(t *testing.T) {
 		}, plain},
 		{"attack.filters_replaced", func(_ *testing.T, pod *testnet.Pod) {
 			pod.Run("tc", "qdisc", "replace", "dev", "eth0", "root", "pfifo")
-			pod.Run("tc", "qdisc", "add", "dev", "eth0", "clsact")
+			pod.Run("sh", "-c", "tc qdisc del dev eth0 clsact 2>/dev/null; tc qdisc add dev eth0 clsact")
 			pod.Run("tc", "filter", "add", "dev", "eth0", "egress", "prio", "1", "u32", "match", "u32", "0", "0", "flowid", "1:1")
 			pod.Run("tc", "filter", "del", "dev", "eth0", "egress")
 			pod.Run("tc", "filter", "del", "dev", "eth0", "ingress")

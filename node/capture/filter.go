@@ -15,9 +15,15 @@ import (
 )
 
 // Filters are how programs are attached where the kernel has no tcx links, and
-// for the first moments where it has: cls_bpf filters of a clsact qdisc
-// (tc-bpf(8)) hold at once, a link only after a grace period of RCU. A program
-// in the pod with NET_ADMIN can take off those in the pod.
+// for the first moments of a new pod where it has: cls_bpf filters of a clsact
+// qdisc (tc-bpf(8)) hold at once, a link only after a grace period of RCU. A
+// program in the pod with NET_ADMIN can take off those in the pod.
+//
+// To add a qdisc, or to take it off, the kernel stops the interface and drops
+// what is sent until it is done (qdisc_graft and dev_deactivate in net/sched). A
+// name query that is lost then costs the application five seconds. So a qdisc
+// is made before anybody sends, or where there is no other way, and is never
+// taken off: it ends with the pod. Filters come and go without a loss.
 
 // filterHandle tells our filter from others of the same priority. Cilium and
 // Calico have theirs at priority 1 too; the newest of them comes first.
@@ -53,15 +59,6 @@ func (h hook) clsact() *netlink.Clsact {
 // our filter from one that somebody has put in its place.
 func (p *Pod) filterPin(h hook) string { return filepath.Join(p.dir, h.pin+"_filter") }
 
-// clsactPin is a directory that says that the qdisc was made here.
-func (p *Pod) clsactPin(h hook) string {
-	side := "pod"
-	if h.host {
-		side = "host"
-	}
-	return filepath.Join(p.dir, fmt.Sprintf("clsact_%s_%d", side, h.index))
-}
-
 func (p *Pod) sideOf(h hook) *netns.NS {
 	if h.host {
 		return p.c.cfg.HostNS
@@ -69,17 +66,19 @@ func (p *Pod) sideOf(h hook) *netns.NS {
 	return p.ns
 }
 
+// makeClsact makes the qdisc for the hook's filter, if there is none.
+func (p *Pod) makeClsact(h hook) error {
+	err := routed(p.sideOf(h), func(nl *netlink.Handle) error { return nl.QdiscAdd(h.clsact()) })
+	if err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("make qdisc clsact for %s: %w", h.pin, err)
+	}
+	return nil
+}
+
 // putFilter makes prog the program of the hook's filter, in one step if there
-// is one.
+// is one. Without a qdisc the error is EINVAL.
 func (p *Pod) putFilter(h hook, prog *ebpf.Program) error {
 	err := routed(p.sideOf(h), func(nl *netlink.Handle) error {
-		err := nl.QdiscAdd(h.clsact())
-		if err == nil {
-			err = os.Mkdir(p.clsactPin(h), 0o700)
-		}
-		if err != nil && !errors.Is(err, fs.ErrExist) {
-			return fmt.Errorf("make qdisc clsact: %w", err)
-		}
 		f := h.filter()
 		f.Fd = prog.FD()
 		return nl.FilterReplace(f)
@@ -142,17 +141,17 @@ func listFilters(nl *netlink.Handle, h hook) ([]netlink.Filter, error) {
 	return list, err
 }
 
-// dropFilter takes the hook's filter off, and the qdisc if it was made here and
-// nobody else uses it.
+// dropFilter takes the hook's filter off.
 func (p *Pod) dropFilter(h hook) error {
-	if !exists(p.filterPin(h)) && !exists(p.clsactPin(h)) {
+	if !exists(p.filterPin(h)) {
 		return nil
 	}
 	err := routed(p.sideOf(h), func(nl *netlink.Handle) error {
-		if err := nl.FilterDel(h.filter()); err != nil && !gone(err) && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENODEV) {
-			return err
+		err := nl.FilterDel(h.filter())
+		if gone(err) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENODEV) {
+			return nil
 		}
-		return p.dropClsact(nl, h)
+		return err
 	})
 	if err != nil {
 		return fmt.Errorf("take off the filter %s: %w", h.pin, err)
@@ -161,20 +160,4 @@ func (p *Pod) dropFilter(h hook) error {
 		return fmt.Errorf("remove pin of the filter %s: %w", h.pin, err)
 	}
 	return nil
-}
-
-func (p *Pod) dropClsact(nl *netlink.Handle, h hook) error {
-	if !exists(p.clsactPin(h)) {
-		return nil
-	}
-	for _, kind := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
-		list, err := listFilters(nl, hook{index: h.index, kind: kind})
-		if err != nil || len(list) > 0 {
-			return err
-		}
-	}
-	if err := nl.QdiscDel(h.clsact()); err != nil && !gone(err) && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENODEV) {
-		return err
-	}
-	return os.Remove(p.clsactPin(h))
 }

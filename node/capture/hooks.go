@@ -69,24 +69,39 @@ func (p *Pod) put(h hook, prog *ebpf.Program) error {
 		}
 		return p.dropFilter(h)
 	}
+	if err := p.makeClsact(h); err != nil {
+		return err
+	}
 	if err := p.putFilter(h, prog); err != nil {
 		return err
 	}
 	return p.dropLink(h.pin)
 }
 
-// putSoon is put without the wait for a link.
-func (p *Pod) putSoon(h hook, prog *ebpf.Program) error {
+// putSoon is put without the wait for a link, where a filter costs nobody a
+// packet: where there is a qdisc for it already, or the pod is silent, so that
+// one can be made.
+func (p *Pod) putSoon(h hook, prog *ebpf.Program, silent bool) error {
 	if h.index == 0 || p.c.features.Rung != RungTCX || p.c.noFilters {
 		return p.put(h, prog)
 	}
-	if l, err := p.pinned(h); err != nil || l != nil {
-		if err != nil {
-			return err
-		}
+	l, err := p.pinned(h)
+	if err != nil {
+		return err
+	}
+	if l != nil {
 		return p.put(h, prog)
 	}
-	return p.putFilter(h, prog)
+	if silent {
+		if err := p.makeClsact(h); err != nil {
+			return err
+		}
+	}
+	err = p.putFilter(h, prog)
+	if errors.Is(err, unix.EINVAL) { // no qdisc
+		return p.put(h, prog)
+	}
+	return err
 }
 
 // on reports whether the hook's program is there, by a link or a filter.

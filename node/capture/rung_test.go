@@ -177,9 +177,6 @@ func TestRungChanges(t *testing.T) {
 			t.Errorf("without %q there are %d links, and filters:\n%s", disable, links, filters)
 		}
 	}
-	if strings.Contains(s.pod.Run("tc", "qdisc", "show"), "clsact") {
-		t.Error("a qdisc is left that nobody uses")
-	}
 }
 
 // TestFiltersOfOthersStay: a CNI plug-in has its own, in the same place.
