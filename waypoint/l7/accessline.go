@@ -3,6 +3,7 @@ package l7
 import (
 	"net/netip"
 	"strconv"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -16,20 +17,24 @@ const (
 	maxLogged = 2 << 10
 )
 
-// A stamp is the time of the last line: most others are of the same second.
-type stamp struct {
-	second int64
-	text   [len(logTime)]byte
+// A stamp is the second of the last line: most others are of the same one. It may
+// be used by many goroutines.
+type stamp struct{ last atomic.Pointer[second] }
+
+type second struct {
+	unix int64
+	text string // up to the point before the milliseconds
 }
 
 // append appends t in the form logTime.
 func (s *stamp) append(b []byte, t time.Time) []byte {
-	if second := t.Unix(); second != s.second || s.text[0] == 0 {
-		s.second = second
-		copy(s.text[:], t.UTC().AppendFormat(nil, logTime))
+	at := s.last.Load()
+	if unix := t.Unix(); at == nil || at.unix != unix {
+		at = &second{unix, t.UTC().Format("2006-01-02T15:04:05.")}
+		s.last.Store(at)
 	}
 	ms := t.Nanosecond() / 1e6
-	b = append(b, s.text[:len("2006-01-02T15:04:05.")]...)
+	b = append(b, at.text...)
 	return append(b, '0'+byte(ms/100), '0'+byte(ms/10%10), '0'+byte(ms%10), 'Z')
 }
 

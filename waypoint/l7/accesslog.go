@@ -14,9 +14,12 @@ const (
 	// maxLog bounds the lines that wait for a reader of the log that is slow.
 	maxLog = 4 << 20
 	// logBatch is how much wakes the writer at once, and logDelay how long less
-	// than that may wait.
-	logBatch = 64 << 10
+	// than that may wait. A write costs more than its bytes: it wakes Go's monitor,
+	// which looks around every 20 µs for a while.
+	logBatch = 1 << 20
 	logDelay = 100 * time.Millisecond
+	// usualLine is room for most lines.
+	usualLine = 1 << 10
 )
 
 // accessLog writes a line for each exchange when it is over, in the form that
@@ -29,10 +32,11 @@ type accessLog struct {
 	wake     chan struct{}
 	full     chan struct{}
 
-	mu    sync.Mutex
-	buf   []byte
-	lost  int // lines that found no room
 	stamp stamp
+
+	mu   sync.Mutex
+	buf  []byte // guarded by mu
+	lost int    // guarded by mu: lines that found no room
 }
 
 func newAccessLog(w io.Writer, waypoint mesh.Name) *accessLog {
@@ -54,22 +58,27 @@ func (a *accessLog) OnEnd(x *Exchange) {
 	if form == "" {
 		return
 	}
+	var room [usualLine]byte // so that others need not wait for the line
+	line := room[:0]
+	if form == "json" {
+		line = appendJSONLine(line, x, &a.stamp)
+	} else {
+		line = appendTextLine(line, x, &a.stamp)
+	}
 	a.mu.Lock()
-	defer a.mu.Unlock()
-	if len(a.buf) > maxLog {
+	before := len(a.buf)
+	if before > maxLog {
 		a.lost++
+		a.mu.Unlock()
 		return
 	}
-	first := len(a.buf) == 0
-	if form == "json" {
-		a.buf = appendJSONLine(a.buf, x, &a.stamp)
-	} else {
-		a.buf = appendTextLine(a.buf, x, &a.stamp)
-	}
-	if first {
+	a.buf = append(a.buf, line...)
+	now := len(a.buf)
+	a.mu.Unlock()
+	if before == 0 {
 		signal(a.wake)
 	}
-	if len(a.buf) > logBatch {
+	if before <= logBatch && now > logBatch {
 		signal(a.full)
 	}
 }
