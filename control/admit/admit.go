@@ -19,6 +19,9 @@ import (
 	"github.com/weft-mesh/weft/control/compile"
 )
 
+// gatewayAPI is the group of the Gateway API.
+const gatewayAPI = "gateway.networking.k8s.io"
+
 const (
 	// longestReview is more than the API server takes of an object, twice (the
 	// object and what it was before).
@@ -53,8 +56,10 @@ func Handler() http.Handler {
 }
 
 // Review decides on one request. Errors in an object deny it, warnings go to
-// whoever writes it. An object that is being deleted is always let through, so
-// that one that was never valid can lose its finalizers.
+// whoever writes it. Errors in an object of the Gateway API are warnings: that
+// API wants it stored, and told in its status, and another controller may see
+// it differently. An object that is being deleted is always let through, so that
+// one that was never valid can lose its finalizers.
 func Review(r *admissionv1.AdmissionRequest) *admissionv1.AdmissionResponse {
 	allowed := &admissionv1.AdmissionResponse{UID: r.UID, Allowed: true}
 	if r.Operation != admissionv1.Create && r.Operation != admissionv1.Update || r.SubResource != "" {
@@ -73,7 +78,7 @@ func Review(r *admissionv1.AdmissionRequest) *admissionv1.AdmissionResponse {
 	found, _ := compile.Review(u)
 	var bad []compile.Finding
 	for _, f := range found {
-		if f.Severity == compile.SeverityError {
+		if f.Severity == compile.SeverityError && u.GroupVersionKind().Group != gatewayAPI {
 			bad = append(bad, f)
 		} else if len(allowed.Warnings) < mostWarnings {
 			allowed.Warnings = append(allowed.Warnings, shortened(f.String()))

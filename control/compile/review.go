@@ -15,6 +15,9 @@ import (
 var istioVersions = map[string][]string{
 	"networking.istio.io": {"v1", "v1beta1", "v1alpha3"},
 	"security.istio.io":   {"v1", "v1beta1"},
+	// Of these, no kind is read yet.
+	"telemetry.istio.io":  {"v1", "v1alpha1"},
+	"extensions.istio.io": {"v1alpha1"},
 }
 
 // Review returns what the author of one object should know about it, without
