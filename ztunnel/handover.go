@@ -156,7 +156,7 @@ func (p *Proxy) handOver(heir Heir) {
 	if err != nil {
 		p.cfg.Log.Error("connections were not handed over: they drain", "error", err)
 	}
-	p.cfg.Log.Info("handed over", "tunnels", all.tunnels, "connections", all.conns, "without_tunnel", all.plain, "left", len(p.flows.all()), "took", time.Since(start),
+	p.cfg.Log.Info("handed over", "tunnels", all.tunnels, "connections", all.conns, "without_tunnel", all.plain, "left", len(p.flows.all()), "took", time.Since(start), "ahead", all.ahead, "longest_ahead", all.early,
 		"slowest_conns", all.slowest.conns, "slowest_bytes", all.slowest.bytes, "slowest_ahead", all.slowest.ahead, "slowest_freeze", all.slowest.freeze, "slowest_pack", all.slowest.pack, "slowest_give", all.slowest.give)
 }
 
@@ -201,6 +201,7 @@ func (q *pod) handOver(heir Heir, all *gifts) (declined bool, err error) {
 
 // give gives one tunnel to heir, with its connections, as the part of a number.
 func (q *pod) give(heir Heir, m loop.Mover, number uint32) (gift, error) {
+	start := time.Now()
 	ahead, err := sendAhead(heir, m, number)
 	if err != nil {
 		return gift{}, err
@@ -209,7 +210,7 @@ func (q *pod) give(heir Heir, m loop.Mover, number uint32) (gift, error) {
 	if err != nil {
 		return gift{}, err
 	}
-	g := gift{conns: len(frozen.Owners), ahead: ahead, freeze: time.Since(frozen.Since)}
+	g := gift{conns: len(frozen.Owners), ahead: ahead, early: frozen.Since.Sub(start), freeze: time.Since(frozen.Since)}
 	part := movedPart{number: number, pod: q.info.Load().UID, id: q.id, frozen: frozen.Since.UnixNano(), tunnel: frozen.State}
 	for _, o := range frozen.Owners {
 		part.flows = append(part.flows, o.(*flow).handed())

@@ -11,20 +11,25 @@ import (
 // its state was written, and until the successor had taken it.
 type gift struct {
 	conns              int
-	bytes, ahead       int // of its text, and of what was sent before it stood still
+	bytes, ahead       int           // of its text, and of what was sent before it stood still
+	early              time.Duration // that took to send: applications with a backlog wait so long
 	freeze, pack, give time.Duration
 }
 
 // gifts are the parts that were handed over.
 type gifts struct {
-	begun          uint32 // parts that were tried
-	tunnels, plain int    // parts of each kind
-	conns          int    // in all of them
+	begun          uint32        // parts that were tried
+	tunnels, plain int           // parts of each kind
+	conns          int           // in all of them
+	ahead          int           // bytes
+	early          time.Duration // the longest
 	slowest        gift
 }
 
 func (gs *gifts) add(g gift) {
 	gs.conns += g.conns
+	gs.ahead += g.ahead
+	gs.early = max(gs.early, g.early)
 	if g.freeze+g.pack+g.give > gs.slowest.freeze+gs.slowest.pack+gs.slowest.give {
 		gs.slowest = g
 	}

@@ -32,9 +32,9 @@ func TestPausesInTheLog(t *testing.T) {
 	}
 
 	var gs gifts
-	gs.add(gift{conns: 7, freeze: 1, pack: 2, give: 3})
-	gs.add(gift{conns: 8, freeze: 4})
-	if gs.conns != 15 || gs.slowest.conns != 7 {
+	gs.add(gift{conns: 7, ahead: 1, early: 1, freeze: 1, pack: 2, give: 3})
+	gs.add(gift{conns: 8, ahead: 2, early: 9, freeze: 4})
+	if gs.conns != 15 || gs.slowest.conns != 7 || gs.ahead != 3 || gs.early != 9 {
 		t.Errorf("what was handed over is %+v", gs)
 	}
 }
