@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/weft-mesh/weft/mesh"
@@ -19,7 +20,7 @@ import (
 func dialOutside(ctx context.Context, p plan, t l7.Target) (net.Conn, error) {
 	address := p.address.String()
 	if p.host != "" {
-		address = net.JoinHostPort(p.host, strconv.Itoa(int(p.address.Port())))
+		address = net.JoinHostPort(absolute(p.host), strconv.Itoa(int(p.address.Port())))
 	}
 	d := net.Dialer{}
 	if k := t.Keepalive; k != nil {
@@ -42,6 +43,16 @@ func dialOutside(ctx context.Context, p plan, t l7.Target) (net.Conn, error) {
 		return nil, fmt.Errorf("connect to %s: %w", address, err)
 	}
 	return tc, nil
+}
+
+// absolute returns a host name as it is asked for. The search path of the
+// waypoint's pod is not for names of others: with it, whoever has the namespace
+// com would be asked for api.com first. A name of one part is one of the cluster.
+func absolute(host string) string {
+	if !strings.Contains(host, ".") || strings.HasSuffix(host, ".") {
+		return host
+	}
+	return host + "."
 }
 
 // outsideTLS returns how TLS is spoken to t, which must prove one of the names

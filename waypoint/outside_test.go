@@ -151,6 +151,16 @@ func TestDialOutside(t *testing.T) {
 	}
 }
 
+// Names of others are looked up as they are, without the search path of the
+// waypoint's pod.
+func TestAbsolute(t *testing.T) {
+	for host, want := range map[string]string{"api.com": "api.com.", "api.com.": "api.com.", "db.shop.svc.cluster.local": "db.shop.svc.cluster.local.", "db": "db"} {
+		if got := absolute(host); got != want {
+			t.Errorf("%s is looked up as %s, want %s", host, got, want)
+		}
+	}
+}
+
 // What has a host name only is looked up.
 func TestDialOutsideByName(t *testing.T) {
 	s := newStranger(t, nil)
