@@ -130,3 +130,21 @@ func BenchmarkConnections(b *testing.B) {
 	wg.Wait()
 	b.ReportMetric(float64(cpu()-before)/1e3/float64(b.N), "cpu-us/op")
 }
+
+// BenchmarkMove moves a tunnel with 100 idle connections at each end to another
+// engine, and back.
+func BenchmarkMove(b *testing.B) {
+	w, s := movable(b, echo)
+	for range 100 {
+		roundTrip(b, w.dial(), "hello")
+	}
+	b.ReportAllocs()
+	b.ResetTimer()
+	before := cpu()
+	for i := range b.N {
+		if n := s.everything(i%2 == 1, false); n != 2 {
+			b.Fatalf("%d tunnels moved, want one at each end", n)
+		}
+	}
+	b.ReportMetric(float64(cpu()-before)/float64(2*b.N)/1e3, "cpu-us/tunnel")
+}
