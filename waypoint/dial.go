@@ -102,11 +102,20 @@ func (p *Proxy) Dialer() Dialer { return Dialer{p} }
 // Dial connects to t. An endpoint of the mesh is reached through a tunnel whose
 // other end must prove to be it, or not at all.
 func (d Dialer) Dial(ctx context.Context, t l7.Target) (net.Conn, error) {
-	p := d.proxy
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
-	v := p.cfg.View.Load()
-	switch plan := planDial(v, p.cfg.Network, t); plan.hop {
+	v := d.proxy.cfg.View.Load()
+	plan := planDial(v, d.proxy.cfg.Network, t)
+	if plan.hop == inClear && plan.host != "" {
+		return d.dialNamed(ctx, v, plan, t)
+	}
+	return d.dial(ctx, v, plan, t)
+}
+
+// dial does as the plan says, which has an address.
+func (d Dialer) dial(ctx context.Context, v *view.View, plan plan, t l7.Target) (net.Conn, error) {
+	p := d.proxy
+	switch plan.hop {
 	case tunnel:
 		s, err := p.pool.Connect(ctx, hbone.Target{
 			Owner: p.cfg.Pod.Name, Source: p.cfg.ID, Peers: plan.peers,

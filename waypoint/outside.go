@@ -1,17 +1,21 @@
 package waypoint
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
-	"strconv"
+	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/weft-mesh/weft/mesh"
+	"github.com/weft-mesh/weft/mesh/view"
 	"github.com/weft-mesh/weft/waypoint/l7"
 )
 
@@ -19,9 +23,6 @@ import (
 // says so.
 func dialOutside(ctx context.Context, p plan, t l7.Target) (net.Conn, error) {
 	address := p.address.String()
-	if p.host != "" {
-		address = net.JoinHostPort(absolute(p.host), strconv.Itoa(int(p.address.Port())))
-	}
 	d := net.Dialer{}
 	if k := t.Keepalive; k != nil {
 		d.KeepAliveConfig = net.KeepAliveConfig{Enable: true, Idle: time.Duration(k.Time), Interval: time.Duration(k.Interval), Count: int(k.Probes)}
@@ -43,6 +44,63 @@ func dialOutside(ctx context.Context, p plan, t l7.Target) (net.Conn, error) {
 		return nil, fmt.Errorf("connect to %s: %w", address, err)
 	}
 	return tc, nil
+}
+
+// dialNamed connects to what is known by its name only: to its addresses in
+// turn, until one takes the connection. Each is planned as if it had been written
+// in the name's place, so that a name leads nowhere that an address would not.
+func (d Dialer) dialNamed(ctx context.Context, v *view.View, p plan, t l7.Target) (net.Conn, error) {
+	found, err := d.proxy.lookup(ctx, p.host)
+	if err != nil {
+		return nil, fmt.Errorf("look up %s: %w", p.host, err)
+	}
+	errs := []error{fmt.Errorf("no address of %s took the connection", p.host)}
+	found = inTurn(found, rand.Shuffle)
+	for i, a := range found {
+		next := t
+		next.Workload, next.Address = nil, netip.AddrPortFrom(a, p.address.Port())
+		c, err := d.dialPart(ctx, v, planNamed(v, d.proxy.cfg.Network, next), next, len(found)-i)
+		if err == nil {
+			return c, nil
+		}
+		errs = append(errs, err)
+	}
+	return nil, errors.Join(errs...)
+}
+
+// dialPart dials with one of so many parts of the time that is left.
+func (d Dialer) dialPart(ctx context.Context, v *view.View, p plan, t l7.Target, parts int) (net.Conn, error) {
+	if end, ok := ctx.Deadline(); ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, time.Until(end)/time.Duration(parts))
+		defer cancel()
+	}
+	return d.dial(ctx, v, p, t)
+}
+
+// planNamed plans a connection to an address that a name stands for.
+func planNamed(v *view.View, network string, t l7.Target) plan {
+	if a := t.Address.Addr(); a.IsUnspecified() || a.IsLoopback() || a.IsLinkLocalUnicast() || a.IsMulticast() {
+		return rejected("%v is what no host of a network has", a)
+	}
+	return planDial(v, network, t)
+}
+
+// inTurn returns addresses in the order to try them: those of IPv4 first, and of
+// each family by chance, so that all get their share.
+func inTurn(found []netip.Addr, shuffle func(n int, swap func(i, j int))) []netip.Addr {
+	out := make([]netip.Addr, 0, len(found))
+	for _, a := range found {
+		out = append(out, a.Unmap())
+	}
+	shuffle(len(out), func(i, j int) { out[i], out[j] = out[j], out[i] })
+	slices.SortStableFunc(out, func(a, b netip.Addr) int { return cmp.Compare(a.BitLen(), b.BitLen()) })
+	return out
+}
+
+// lookup asks the name servers of the waypoint's pod.
+func lookup(ctx context.Context, host string) ([]netip.Addr, error) {
+	return net.DefaultResolver.LookupNetIP(ctx, "ip", absolute(host))
 }
 
 // absolute returns a host name as it is asked for. The search path of the

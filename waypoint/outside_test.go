@@ -4,7 +4,9 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"strings"
@@ -13,6 +15,7 @@ import (
 
 	"github.com/weft-mesh/weft/internal/testca"
 	"github.com/weft-mesh/weft/mesh"
+	"github.com/weft-mesh/weft/mesh/view"
 	"github.com/weft-mesh/weft/waypoint/l7"
 )
 
@@ -161,15 +164,75 @@ func TestAbsolute(t *testing.T) {
 	}
 }
 
-// What has a host name only is looked up.
-func TestDialOutsideByName(t *testing.T) {
-	s := newStranger(t, nil)
-	c, err := dialOutside(t.Context(), plan{hop: inClear, host: "localhost", address: netip.AddrPortFrom(netip.Addr{}, s.at.Port())}, l7.Target{Keepalive: &mesh.Keepalive{Probes: 3, Time: mesh.Duration(time.Hour), Interval: mesh.Duration(time.Minute)}})
-	if err != nil {
-		t.Fatal(err)
+// What a name stands for is reached as if it had been written in its place: in
+// clear only outside of the mesh, and never in the waypoint's own container.
+func TestPlanNamed(t *testing.T) {
+	pod := mesh.Workload{UID: "k//Pod/shop/cart-1", Name: mesh.Name{Namespace: "shop", Name: "cart-1"}, Identity: cart,
+		Addresses: []netip.Addr{netip.MustParseAddr("10.244.1.7")}, Transport: mesh.HBONE, Healthy: true}
+	vm := mesh.Workload{UID: "k/vm", Addresses: []netip.Addr{netip.MustParseAddr("10.244.1.8")}, Transport: mesh.PlainTCP, Healthy: true}
+	s := mesh.Service{Name: mesh.ServiceName{Namespace: "shop", Host: "cart.shop.svc.cluster.local"}, VIPs: []mesh.VIP{{Prefix: netip.MustParsePrefix("10.96.0.1/32")}}}
+	v := view.Of("1", []*mesh.Workload{&pod, &vm}, []*mesh.Service{&s}, nil)
+	for address, want := range map[string]hop{
+		"203.0.113.9": inClear, "2001:db8::9": inClear, "10.244.1.8": inClear, "10.244.1.7": tunnel, "10.96.0.1": reject,
+		"127.0.0.1": reject, "127.9.9.9": reject, "::1": reject, "0.0.0.0": reject, "::": reject, "169.254.169.254": reject, "fe80::1": reject, "224.0.0.1": reject,
+	} {
+		p := planNamed(v, "", l7.Target{Address: netip.AddrPortFrom(netip.MustParseAddr(address), 80)})
+		if p.hop != want {
+			t.Errorf("%s: %+v, want %v", address, p, want)
+		}
 	}
-	defer c.Close()
-	if err := echoed(c, "hello"); err != nil {
-		t.Error(err)
+}
+
+// A name whose addresses cannot be, or that nobody knows, is told why.
+func TestDialNamed(t *testing.T) {
+	w := newWorld(t, cart)
+	db := mesh.Workload{UID: "k/db", Host: "db.example.com", Transport: mesh.PlainTCP, Healthy: true}
+	w.store.Set(view.Of("1", []*mesh.Workload{&db}, nil, nil))
+	for _, tt := range []struct {
+		found string
+		err   error
+		want  []string
+	}{
+		{"", errors.New("no such host"), []string{"look up db.example.com: no such host"}},
+		{"127.0.0.1 169.254.169.254", nil, []string{"127.0.0.1 is what no host of a network has", "169.254.169.254 is what no host"}},
+		{"::ffff:127.0.0.1", nil, []string{"127.0.0.1 is what no host"}},
+	} {
+		w.proxy.lookup = func(_ context.Context, host string) (found []netip.Addr, err error) {
+			for f := range strings.FieldsSeq(tt.found) {
+				found = append(found, netip.MustParseAddr(f))
+			}
+			return found, tt.err
+		}
+		_, err := w.proxy.Dialer().Dial(t.Context(), l7.Target{Workload: &db, Address: netip.AddrPortFrom(netip.Addr{}, 80)})
+		for _, want := range tt.want {
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%q: %v, want %s", tt.found, err, want)
+			}
+		}
+	}
+}
+
+// Addresses get their shares, and those of IPv6, which are often not there, come
+// last.
+func TestInTurn(t *testing.T) {
+	var found []netip.Addr
+	for _, a := range []string{"2001:db8::1", "192.0.2.1", "::ffff:192.0.2.2", "192.0.2.3"} {
+		found = append(found, netip.MustParseAddr(a))
+	}
+	first := map[string]int{}
+	for range 3000 {
+		got := inTurn(found, rand.Shuffle)
+		if len(got) != 4 || got[3].String() != "2001:db8::1" {
+			t.Fatalf("%v", got)
+		}
+		first[got[0].String()]++
+	}
+	for a, n := range first {
+		if n < 880 || n > 1120 { // 4.6 standard deviations
+			t.Errorf("%s came first %d times of 3000", a, n)
+		}
+	}
+	if len(first) != 3 || found[0] != netip.MustParseAddr("2001:db8::1") {
+		t.Errorf("%v came first, of %v", first, found)
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -97,6 +98,7 @@ type Proxy struct {
 	shake   hbone.ServerConfig
 	metrics *metrics
 	recent  recent
+	lookup  func(ctx context.Context, host string) ([]netip.Addr, error)
 
 	draining atomic.Bool
 	open     atomic.Int64 // connections
@@ -109,7 +111,7 @@ func New(cfg Config) (*Proxy, error) {
 	}
 	cfg.Linger = cmp.Or(cfg.Linger, time.Second)
 	cfg.Drain = cmp.Or(cfg.Drain, 20*time.Second)
-	p := &Proxy{cfg: cfg, metrics: newMetrics(cfg.Metrics)}
+	p := &Proxy{cfg: cfg, metrics: newMetrics(cfg.Metrics), lookup: lookup}
 	own := cfg.Identity.Only(cfg.ID)
 	handshakes := hbone.NewHandshakes()
 	p.shake = hbone.ServerConfig{
