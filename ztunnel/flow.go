@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -54,6 +55,7 @@ type flow struct {
 
 	src, dst  endpoint // the ends of the TCP connection, or of the tunnel
 	target    endpoint // what the tunnel was asked for; zero without one
+	place     int32    // in the registry, and guarded by its mu
 	direction direction
 	mutualTLS bool
 	opened    bool        // the other end of the tunnel has accepted
@@ -203,33 +205,37 @@ func abort(c net.Conn) {
 // registry holds the flows that are open.
 type registry struct {
 	mu   sync.Mutex
-	open map[*flow]struct{}
+	open []*flow // each at its place, in no order
 }
 
 func (r *registry) add(f *flow) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.open == nil {
-		r.open = make(map[*flow]struct{})
-	}
-	r.open[f] = struct{}{}
+	f.place = int32(len(r.open))
+	r.open = append(r.open, f)
 }
 
+// remove does nothing if f is not there.
 func (r *registry) remove(f *flow) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	delete(r.open, f)
+	last := len(r.open) - 1
+	if int(f.place) > last || r.open[f.place] != f {
+		return
+	}
+	r.open[f.place] = r.open[last]
+	r.open[f.place].place = f.place
+	r.open[last] = nil
+	if r.open = r.open[:last]; last == 0 {
+		r.open = nil // what was needed for a rush is not kept
+	}
 }
 
 // all returns the open flows, in no order.
 func (r *registry) all() []*flow {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	fs := make([]*flow, 0, len(r.open))
-	for f := range r.open {
-		fs = append(fs, f)
-	}
-	return fs
+	return slices.Clone(r.open)
 }
 
 const (

@@ -166,7 +166,7 @@ func (r *registry) tunnelled(without map[*pod]bool) int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	n := 0
-	for f := range r.open {
+	for _, f := range r.open {
 		if f.plain == nil && !without[f.pod] {
 			n++
 		}

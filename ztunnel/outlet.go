@@ -136,11 +136,15 @@ func (q *pod) dialApp(ctx context.Context, client netip.Addr, to netip.AddrPort)
 	defer cancel()
 	for try := 0; ; try++ {
 		c, err := q.dial(ctx, to, func(fd int) error { return q.disguise(fd, client, try) })
-		taken := errors.Is(err, errPortTaken) || errors.Is(err, unix.EADDRINUSE) || errors.Is(err, unix.EADDRNOTAVAIL)
-		if !taken || try == appTries {
+		if !portTaken(err) || try == appTries {
 			return tuned(c, err)
 		}
 	}
+}
+
+// portTaken reports whether a port is to blame for err.
+func portTaken(err error) bool {
+	return errors.Is(err, errPortTaken) || errors.Is(err, unix.EADDRINUSE) || errors.Is(err, unix.EADDRNOTAVAIL)
 }
 
 // disguise prepares a socket for dialApp.
@@ -151,8 +155,8 @@ func (q *pod) disguise(fd int, client netip.Addr, try int) error {
 	return q.bindAs(fd, netip.AddrPortFrom(client, appPort(try, rand.Uint32())))
 }
 
-// beginApp is a try of dialApp that does not wait: the connection may be under
-// way when it returns.
+// beginApp is dialApp without the wait: the connection may be under way when it
+// returns.
 func (q *pod) beginApp(client netip.Addr, to netip.AddrPort) (fd int, err error) {
 	if !q.inUse.TryRLock() { // it is about to be closed
 		return -1, errPodLeft
@@ -161,7 +165,12 @@ func (q *pod) beginApp(client netip.Addr, to netip.AddrPort) (fd int, err error)
 	if q.closed {
 		return -1, errPodLeft
 	}
-	return q.out.Begin(netip.AddrPort{}, to, func(fd int) error { return q.disguise(fd, client, 0) })
+	for try := 0; ; try++ {
+		fd, err = q.out.Begin(netip.AddrPort{}, to, func(fd int) error { return q.disguise(fd, client, try) })
+		if !portTaken(err) || try == appTries {
+			return fd, err
+		}
+	}
 }
 
 // finishApp waits for a connection that beginApp has begun, and closes it if it
