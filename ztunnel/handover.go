@@ -23,9 +23,10 @@ const PartVersion = 3
 // An Heir takes what a Proxy hands over when it ends. A nil error of Give means
 // that the part is the heir's; after any other it is the proxy's as before, and
 // only after handover.ErrDeclined may another part be given. Ahead sends
-// something that belongs to the next part.
+// something that belongs to the next part, and Settle waits until that was read.
 type Heir interface {
 	Ahead(text []byte) error
+	Settle() error
 	Give(text []byte, files []int) error
 	Done() error
 }
@@ -259,6 +260,9 @@ func sendAhead(heir Heir, m loop.Mover, number uint32) (sent int, err error) {
 		}
 		if len(backlogs) == 0 {
 			break
+		}
+		if err := heir.Settle(); err != nil {
+			return sent, err
 		}
 	}
 	return sent, nil

@@ -271,7 +271,8 @@ func (h *heirs) Give(text []byte, files []int) error {
 	h.text = append([]byte(nil), text...)
 	return h.give(text, files)
 }
-func (h *heirs) Done() error { return nil }
+func (h *heirs) Done() error   { return nil }
+func (h *heirs) Settle() error { return nil }
 func (h *heirs) Ahead(text []byte) error {
 	if h.ahead == nil {
 		return nil

@@ -81,7 +81,12 @@ func Take(ctx context.Context, cfg ClientConfig) (parts int, err error) {
 		case done:
 			return parts, nil
 		case ahead:
-			if err := early.add(m.text); err != nil {
+			if len(m.text) == 0 {
+				err = p.send(message{kind: ready})
+			} else {
+				err = early.add(m.text)
+			}
+			if err != nil {
 				return parts, err
 			}
 		case part:

@@ -12,6 +12,7 @@
 //	predecessor → successor   welcome, with the one to use; or refuse
 //	successor → predecessor   ready, once it serves the same pods
 //	predecessor → successor   what is large in a part, ahead of it
+//	successor → predecessor   ready, when it has read an empty one of these
 //	predecessor → successor   a part: text and files, in pieces
 //	successor → predecessor   taken or declined
 //	predecessor → successor   go: the part is the successor's

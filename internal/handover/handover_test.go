@@ -189,7 +189,14 @@ func TestAhead(t *testing.T) {
 		}
 	}
 	refuse := func(yes bool) { k.mu.Lock(); defer k.mu.Unlock(); k.refuse = yes }
-	ahead([]byte("a"), full, []byte("b"))
+	if err := h.Settle(); err != nil {
+		t.Fatal(err)
+	}
+	ahead([]byte("a"), full, nil)
+	if err := h.Settle(); err != nil {
+		t.Fatal(err)
+	}
+	ahead([]byte("b"))
 	if err := h.Give(nil, nil); err != nil {
 		t.Fatal(err)
 	}
@@ -424,6 +431,20 @@ func TestBadSuccessorsBreakNothing(t *testing.T) {
 			eventually(t, func() bool { h, _ := s.Heir(); return h == nil })
 		})
 	}
+	t.Run("ready and settles wrong", func(t *testing.T) {
+		p := greeted(dial(t, path))
+		_ = p.send(message{kind: ready})
+		h := heir(t, s)
+		go func() {
+			if _, err := p.receive(time.Now().Add(5 * time.Second)); err == nil {
+				_ = p.send(message{kind: taken})
+			}
+		}()
+		if err := h.Settle(); err == nil {
+			t.Error("it has settled")
+		}
+		eventually(t, func() bool { h, _ := s.Heir(); return h == nil })
+	})
 	k := &taker{}
 	taking(t, path, k, 1)
 	if err := heir(t, s).Give([]byte("good"), nil); err != nil {

@@ -259,7 +259,7 @@ func (h *Heir) Ahead(text []byte) error {
 	if len(text) > MaxAhead {
 		return fmt.Errorf("send ahead: it has %d bytes", len(text))
 	}
-	if err := h.listens(); err != nil {
+	if err := h.listens(); err != nil || len(text) == 0 {
 		return err
 	}
 	err := h.pipe.send(message{kind: ahead, text: text})
@@ -267,6 +267,39 @@ func (h *Heir) Ahead(text []byte) error {
 		h.end()
 	}
 	return err
+}
+
+// Settle waits until the successor has read what was sent ahead. A part that is
+// given before would wait for that.
+func (h *Heir) Settle() error {
+	if err := h.listens(); err != nil {
+		return err
+	}
+	m, err := h.ask(message{kind: ahead})
+	if err == nil && m.kind != ready {
+		err = fmt.Errorf("the successor answers with a message of kind %d", m.kind)
+	}
+	if err != nil {
+		h.end()
+	}
+	return err
+}
+
+// ask sends a message and waits for the answer.
+func (h *Heir) ask(m message) (answer message, err error) {
+	if err := h.pipe.send(m); err != nil {
+		return message{}, err
+	}
+	patience := time.NewTimer(stepTimeout)
+	defer patience.Stop()
+	select {
+	case <-h.gone:
+		return message{}, errHeirGone
+	case <-patience.C:
+		return message{}, fmt.Errorf("the successor does not answer within %v", stepTimeout)
+	case m := <-h.answers:
+		return m, nil
+	}
 }
 
 // listens reports, as an error, why nothing may be sent to the successor.
@@ -283,24 +316,16 @@ func (h *Heir) listens() error {
 }
 
 func (h *Heir) give(text []byte, files []int) error {
-	if err := h.pipe.send(message{kind: part, text: text, files: files}); err != nil {
+	m, err := h.ask(message{kind: part, text: text, files: files})
+	if err != nil {
 		return err
 	}
-	patience := time.NewTimer(stepTimeout)
-	defer patience.Stop()
-	select {
-	case <-h.gone:
-		return errHeirGone
-	case <-patience.C:
-		return fmt.Errorf("the successor does not answer within %v", stepTimeout)
-	case m := <-h.answers:
-		switch m.kind {
-		case taken:
-		case declined:
-			return fmt.Errorf("%w: %.200q", ErrDeclined, m.text)
-		default:
-			return fmt.Errorf("the successor answers with a message of kind %d", m.kind)
-		}
+	switch m.kind {
+	case taken:
+	case declined:
+		return fmt.Errorf("%w: %.200q", ErrDeclined, m.text)
+	default:
+		return fmt.Errorf("the successor answers with a message of kind %d", m.kind)
 	}
 	// One packet: it goes as a whole or not at all. The successor reads it, or
 	// is dead, and with it what it had taken.
