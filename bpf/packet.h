@@ -158,11 +158,25 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *p, s
 	return IS_TCP;
 }
 
-/* parse fills p, which must be zero, if skb is TCP. */
+/* in_reach: can all headers be read where they are? */
+static __always_inline int in_reach(const struct __sk_buff *skb)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	struct iphdr *ip = data + ETH_HLEN;
+
+	if (skb->protocol != bpf_htons(ETH_P_IP))
+		return data + ETH_HLEN + sizeof(struct ipv6hdr) + sizeof(struct tcphdr) <= end;
+	return (void *)(ip + 1) <= end && (void *)ip + ip->ihl * 4 + sizeof(struct tcphdr) <= end;
+}
+
+/* parse fills p, which must be zero, if skb is TCP. It pulls no more than it
+ * needs: what TCP sends has its headers in reach and its payload elsewhere, and
+ * to pull some of that would make the kernel copy the head of every packet, and
+ * the receiver unable to merge them. */
 static __always_inline int parse(struct __sk_buff *skb, struct packet *p)
 {
 	const __u32 most = ETH_HLEN + 60 + sizeof(struct tcphdr); /* IPv4 with all options */
-	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	void *data, *end;
 
 	switch (skb->protocol) {
 	case bpf_htons(ETH_P_IP):
@@ -177,11 +191,10 @@ static __always_inline int parse(struct __sk_buff *skb, struct packet *p)
 	default:
 		return NOT_TCP;
 	}
-	if (data + most > end) {
+	if (!in_reach(skb))
 		bpf_skb_pull_data(skb, skb->len < most ? skb->len : most);
-		data = (void *)(long)skb->data;
-		end = (void *)(long)skb->data_end;
-	}
+	data = (void *)(long)skb->data;
+	end = (void *)(long)skb->data_end;
 	if (data + ETH_HLEN > end)
 		return MALFORMED;
 	if (skb->protocol == bpf_htons(ETH_P_IP))
