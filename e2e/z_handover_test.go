@@ -24,6 +24,9 @@ const (
 
 // TestHandover replaces both ztunnels, by rollouts of the DaemonSet, under
 // thousands of connections of every kind, while new ones are made all the time.
+// Those that move bytes in bulk take a megabit a second each: the nodes share
+// the processors with all that they run. Half of them have a peer that sends
+// without an end, so megabytes wait in ztunnel for each.
 // In the second half policies change too, once a second, and so do
 // certificates: each ztunnel asks for its own. What that half shows has rows of
 // its own.
