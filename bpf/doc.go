@@ -103,8 +103,11 @@
 // suffices to set: it would promise what it cannot hold.
 //
 // Filters are used on kernels with tcx links as well, for the first moments of a
-// pod: they hold at once, a link only after a grace period of RCU. The links
-// follow, one after the other, and the filters go.
+// new pod: they hold at once, a link only after a grace period of RCU. The links
+// follow, one after the other, and the filters go. Their qdisc, clsact, stays:
+// to add or to remove one, the kernel drops for a moment all that the interface
+// sends, and nobody sends a name query again in time. A pod that runs gets links
+// at once; only a kernel without them adds qdiscs to it.
 //
 // # Maps
 //
