@@ -70,6 +70,11 @@ func TestExamples(t *testing.T) {
 		t.Run("my-svc", func(t *testing.T) {
 			t.Parallel()
 			s.mySvc(t)
+			t.Run("queue", s.queue)
+		})
+		t.Run("servers", func(t *testing.T) {
+			t.Parallel()
+			s.servers(t)
 		})
 	})
 }
