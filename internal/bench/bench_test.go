@@ -1,8 +1,10 @@
 package bench
 
 import (
+	"bytes"
 	"encoding/json"
 	"encoding/xml"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -10,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -141,4 +144,75 @@ func TestLoad(t *testing.T) {
 	if _, err := Start("TestLoad", "server", at, nil); err == nil {
 		t.Error("two servers at one address")
 	}
+}
+
+// What passes a relay arrives, also when the receiver is slower, and so does
+// the end.
+func TestRelay(t *testing.T) {
+	Play()
+	if role, arg := Role(); role == "relay" {
+		EndWithParent()
+		t.Fatal(relayTo(arg))
+	}
+	sink, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sink.Close()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := l.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	defer l.Close()
+	p, err := Start("TestRelay", "relay", sink.Addr().(*net.TCPAddr).AddrPort(), nil, f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.Stop)
+	c, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	want := bytes.Repeat([]byte("0123456789abcdef"), 1<<20)
+	var wg sync.WaitGroup
+	wg.Go(func() { // nobody reads yet: it does not all fit
+		_, err := c.Write(want)
+		if err := errors.Join(err, c.(*net.TCPConn).CloseWrite()); err != nil {
+			t.Error(err)
+		}
+	})
+	defer wg.Wait()
+	up, err := sink.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer up.Close()
+	got, err := io.ReadAll(up)
+	if err != nil || !bytes.Equal(got, want) {
+		t.Errorf("%d of %d bytes: %v", len(got), len(want), err)
+	}
+	if _, err := io.WriteString(up, "thanks"); err != nil {
+		t.Error(err)
+	}
+	_ = up.Close() // the end is read at the other side
+	if b, err := io.ReadAll(c); err != nil || string(b) != "thanks" {
+		t.Errorf("the answer is %q, %v", b, err)
+	}
+}
+
+func relayTo(arg string) error {
+	var to netip.AddrPort
+	if err := json.Unmarshal([]byte(arg), &to); err != nil {
+		return err
+	}
+	Ready()
+	return Relay([]int{3}, func(int, int) (int, error) {
+		return Dial(netip.AddrPort{}, to, func(int) error { return nil })
+	})
 }
