@@ -895,3 +895,64 @@ func TestQuiet(t *testing.T) {
 		t.Error("the end came, and the peer has not left")
 	}
 }
+
+func TestTryWriteDoesNotWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		read := make(chan struct{})
+		got := make(chan int, 1)
+		w := newWorld(t, func(_ context.Context, r *Request) {
+			s, err := r.Accept(Header{})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			<-read
+			b, err := io.ReadAll(s)
+			if err != nil {
+				t.Error(err)
+			}
+			got <- len(b)
+		})
+		s := w.connect()
+		sent, piece := 0, payload(10<<10)
+		for {
+			synctest.Wait()
+			n, err := s.TryWrite(piece)
+			if err != nil {
+				t.Fatal(err)
+			}
+			sent += n
+			if n < len(piece) {
+				break // the window is full: Write would wait
+			}
+			if sent > 100<<20 {
+				t.Fatal("nothing bounds what is taken for a peer that does not read")
+			}
+		}
+		if sent == 0 {
+			t.Fatal("nothing found room")
+		}
+		// Nor does it wait for a Write, which comes first.
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if n, err := s.Write(piece); n != len(piece) || err != nil {
+				t.Errorf("Write: %d, %v", n, err)
+			}
+		})
+		synctest.Wait()
+		if n, err := s.TryWrite(piece); n != 0 || err != nil {
+			t.Errorf("TryWrite beside a Write: %d, %v", n, err)
+		}
+		close(read)
+		wg.Wait()
+		if err := s.CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		if n := <-got; n != sent+len(piece) {
+			t.Errorf("%d bytes came, want %d", n, sent+len(piece))
+		}
+		if _, err := s.TryWrite(piece); err == nil {
+			t.Error("TryWrite after the end succeeded")
+		}
+	})
+}

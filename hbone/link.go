@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"sync"
 	"time"
 
@@ -168,6 +169,9 @@ func (l *link) writeLoop() {
 		}
 		if len(out) == 0 {
 			<-l.kick
+			// What goroutines have to say that are ready to run goes with the same
+			// write, and in the same records.
+			runtime.Gosched()
 		}
 	}
 }

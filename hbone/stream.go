@@ -157,10 +157,7 @@ func (s *Stream) Write(p []byte) (int, error) {
 		l.mu.Unlock()
 		return 0, err
 	}
-	n := 0
-	if room := outLimit - len(l.tunnel.Output()); room > 0 && len(l.waiting) == 0 {
-		n = l.tunnel.Send(s.id, p[:min(len(p), room)], false)
-	}
+	n := s.queueNow(p)
 	if n < len(p) {
 		s.pending = p[n:]
 		l.enqueue(s)
@@ -180,6 +177,34 @@ func (s *Stream) Write(p []byte) (int, error) {
 	s.pending = nil
 	l.mu.Unlock()
 	return n, err
+}
+
+// TryWrite is Write without its waiting: it sends what of p finds room at once,
+// and returns how much that is.
+func (s *Stream) TryWrite(p []byte) (int, error) {
+	if !s.writing.TryLock() {
+		return 0, nil
+	}
+	defer s.writing.Unlock()
+	s.link.mu.Lock()
+	defer s.link.mu.Unlock()
+	if err := s.mayWrite(); err != nil || len(p) == 0 {
+		return 0, err
+	}
+	n := s.queueNow(p)
+	s.link.settle()
+	return n, nil
+}
+
+// queueNow queues what of p finds room, and returns how much. The caller holds
+// link.mu.
+func (s *Stream) queueNow(p []byte) int {
+	l := s.link
+	room := outLimit - len(l.tunnel.Output())
+	if room <= 0 || len(l.waiting) > 0 {
+		return 0 // others came first
+	}
+	return l.tunnel.Send(s.id, p[:min(len(p), room)], false)
 }
 
 // mayWrite returns why nothing can be written. The caller holds link.mu.

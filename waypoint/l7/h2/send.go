@@ -385,12 +385,15 @@ func putOut(b []byte) {
 	}
 }
 
-// try writes as much of b as the socket takes at once.
+// try writes as much of b as the connection takes at once.
 func (c *Conn) try(b []byte) (int, error) {
-	if c.sock.raw == nil {
-		return 0, nil
+	if c.sock.raw != nil {
+		return c.sock.write(b)
 	}
-	return c.sock.write(b)
+	if t, ok := c.conn.(interface{ TryWrite([]byte) (int, error) }); ok { // such as a stream of a tunnel
+		return t.TryWrite(b)
+	}
+	return 0, nil
 }
 
 // shut closes the connection. It does not wait: whoever flushes may be the one
