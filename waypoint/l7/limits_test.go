@@ -71,6 +71,7 @@ func TestConnectionsEnd(t *testing.T) {
 					time.Sleep(d)
 					_, body := w.client(80).get("/") // one of its own: those of clients end too
 					got = append(got, body)
+					synctest.Wait() // until the connection is put back
 				}
 				if s := strings.Join(got, " "); s != tt.want {
 					t.Errorf("requests went over the connections %s, want %s", s, tt.want)
