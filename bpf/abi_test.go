@@ -31,6 +31,7 @@ func TestSizes(t *testing.T) {
 		CaptureMapBlessed:   {Type: ebpf.SkStorage, KeySize: 4, ValueSize: 4},
 		CaptureMapKept:      {Type: ebpf.SkStorage, KeySize: 4, ValueSize: 40},
 		CaptureMapProbes:    {Type: ebpf.LRUHash, KeySize: 40, ValueSize: 4, MaxEntries: 8192},
+		CaptureMapRenewals:  {Type: ebpf.LRUHash, KeySize: 40, ValueSize: 4, MaxEntries: 8192},
 		CaptureMapStats:     {Type: ebpf.Hash, KeySize: 4, ValueSize: 256, MaxEntries: 4096},
 	}
 	for _, load := range []func() (*ebpf.CollectionSpec, error){LoadCapture, LoadLookup, LoadSockets} {

@@ -123,6 +123,7 @@ const (
 	CaptureMapPods          = "pods"
 	CaptureMapProbes        = "probes"
 	CaptureMapPrograms      = "programs"
+	CaptureMapRenewals      = "renewals"
 	CaptureMapStats         = "stats"
 	CaptureProgGuardHost    = "guard_host"
 	CaptureProgGuardLo      = "guard_lo"
@@ -191,6 +192,7 @@ type CaptureMapSpecs struct {
 	Pods      *ebpf.MapSpec `ebpf:"pods"`
 	Probes    *ebpf.MapSpec `ebpf:"probes"`
 	Programs  *ebpf.MapSpec `ebpf:"programs"`
+	Renewals  *ebpf.MapSpec `ebpf:"renewals"`
 	Stats     *ebpf.MapSpec `ebpf:"stats"`
 }
 
@@ -227,6 +229,7 @@ type CaptureMaps struct {
 	Pods      *ebpf.Map `ebpf:"pods"`
 	Probes    *ebpf.Map `ebpf:"probes"`
 	Programs  *ebpf.Map `ebpf:"programs"`
+	Renewals  *ebpf.Map `ebpf:"renewals"`
 	Stats     *ebpf.Map `ebpf:"stats"`
 }
 
@@ -238,6 +241,7 @@ func (m *CaptureMaps) Close() error {
 		m.Pods,
 		m.Probes,
 		m.Programs,
+		m.Renewals,
 		m.Stats,
 	)
 }

@@ -117,6 +117,7 @@
 //	blessed    SK_STORAGE   u32, on sockets of the proxy; inherited by accept
 //	kept       SK_STORAGE   struct exemption, on sockets of the app
 //	probes     LRU_HASH     struct probe -> u32
+//	renewals   LRU_HASH     struct probe -> u32
 //	stats      HASH         the pod's number -> struct counters
 //
 // There is one of each for the node, pinned as maps/NAME below the root of this
@@ -164,8 +165,20 @@
 // Inbound, a packet that is no SYN reaches only sockets that are blessed or
 // kept, for that flow. One that finds no socket, or a handshake that is not the
 // proxy's, is given to the proxy's listener: with SYN cookies it is the ACK that
-// makes the connection, else the listener resets it. SYNs in fragments are
-// dropped, because reassembly loses the assigned socket.
+// makes the connection, else the listener resets it. Fragments are dropped,
+// because reassembly loses the assigned socket; but for the port of tunnels those
+// of a connection pass, since no other listener is there.
+//
+// A SYN may come for a connection that the pod's end has closed and that waits for
+// stray packets (TIME-WAIT). Only the kernel's own lookup lets it begin anew (RFC
+// 6191, tcp_timewait_state_process): a listener that is assigned to it cannot
+// enter the request beside what waits, and drops it. So inbound leaves that SYN to
+// the kernel, and mesh_lookup, which is asked for a listener then, finds the flow
+// in renewals and gives it to the proxy. That it will is tried before, with port 0
+// of the same client; where mesh_lookup does not answer the SYN is assigned, and
+// so is lost, as it is on kernels without sk_lookup. The entry is taken when it is
+// used, within the same delivery of the packet: the proxy's own connection to the
+// app may have the same flow later.
 //
 // A pod with NET_ADMIN can change its own routes and rules. Without those of the
 // capture its packets meet the guards and go nowhere. If it removes rules 100

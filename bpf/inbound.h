@@ -21,15 +21,81 @@ static __always_inline int give(struct __sk_buff *skb, __u32 id, enum role role,
 	return TC_ACT_UNSPEC;
 }
 
+/* is_tunnel_port: is the packet for the port of tunnels? */
+static __always_inline int is_tunnel_port(const struct packet *p)
+{
+	return (p->v6 ? p->tuple.ipv6.dport : p->tuple.ipv4.dport) == bpf_htons(HBONE_PORT);
+}
+
 static __always_inline int to_listener(struct __sk_buff *skb, __u32 id, const struct packet *p)
 {
-	__be16 port = p->v6 ? p->tuple.ipv6.dport : p->tuple.ipv4.dport;
-	int tunnel = port == bpf_htons(HBONE_PORT);
+	int tunnel = is_tunnel_port(p);
 	int act = give(skb, id, (tunnel ? ROLE_HB4 : ROLE_IN4) + p->v6, IN_NO_PROXY_DROP);
 
 	if (act == TC_ACT_UNSPEC && p->syn)
 		count(id, tunnel ? CAPTURED_HBONE : CAPTURED_IN);
 	return act;
+}
+
+/* waits: does the pod's end of an old connection with the SYN's addresses and
+ * ports wait for stray packets? */
+static __always_inline int waits(struct __sk_buff *skb, const struct packet *p)
+{
+	struct bpf_sock_tuple t = p->tuple;
+	struct bpf_sock *sk = bpf_skc_lookup_tcp(skb, &t, tuple_len(p), BPF_F_CURRENT_NETNS, 0);
+	int yes = 0;
+
+	if (sk) {
+		yes = sk->state == BPF_TCP_TIME_WAIT;
+		bpf_sk_release(sk);
+	}
+	return yes;
+}
+
+/* serves: does mesh_lookup give the proxy what `renewals` holds, in this
+ * namespace? It is asked for a port that nobody has. */
+static __always_inline int serves(struct __sk_buff *skb, const struct packet *p, struct probe *k)
+{
+	struct bpf_sock_tuple t = p->tuple;
+	__u32 one = 1;
+	struct bpf_sock *sk, *full;
+	int yes = 0;
+
+	if (p->v6)
+		t.ipv6.sport = 0;
+	else
+		t.ipv4.sport = 0;
+	k->flow.remote_port = 0;
+	if (bpf_map_update_elem(&renewals, k, &one, BPF_ANY))
+		return 0;
+	sk = bpf_skc_lookup_tcp(skb, &t, tuple_len(p), BPF_F_CURRENT_NETNS, 0);
+	if (sk) {
+		full = bpf_sk_fullsock(sk);
+		if (full)
+			yes = !!bpf_sk_storage_get(&blessed, full, 0, 0);
+		bpf_sk_release(sk);
+	}
+	if (!yes)
+		bpf_map_delete_elem(&renewals, k);
+	return yes;
+}
+
+/* renew gives the proxy a SYN for which an old connection waits. Only by the
+ * kernel's own lookup does the wait end (RFC 6191): if the SYN were assigned to
+ * the proxy's listener, it would be dropped for a minute, without a word. Where
+ * mesh_lookup does not serve, it is all the same: never the app's. */
+static __always_inline int renew(struct __sk_buff *skb, __u32 id, const struct packet *p, const struct flow *f)
+{
+	struct probe k = { .flow = *f, .pod = id };
+	__u32 one = 1;
+
+	if (!serves(skb, p, &k))
+		return to_listener(skb, id, p);
+	k.flow.remote_port = f->remote_port;
+	if (bpf_map_update_elem(&renewals, &k, &one, BPF_ANY))
+		return to_listener(skb, id, p);
+	count(id, is_tunnel_port(p) ? CAPTURED_HBONE : CAPTURED_IN);
+	return TC_ACT_UNSPEC;
 }
 
 /* may_receive: is sk, which is no listener, one that packets from the wire may
@@ -180,6 +246,8 @@ static __always_inline int judge_inbound(struct __sk_buff *skb, __u32 id, const 
 			count(id, IN_FRAGMENT_DROP);
 			return TC_ACT_SHOT;
 		}
+		if (waits(skb, &p))
+			return renew(skb, id, &p, &f);
 		return to_listener(skb, id, &p);
 	}
 	sk = bpf_skc_lookup_tcp(skb, &p.tuple, tuple_len(&p), BPF_F_CURRENT_NETNS, 0);
@@ -194,8 +262,16 @@ static __always_inline int judge_inbound(struct __sk_buff *skb, __u32 id, const 
 		if (ok && !p.fragment)
 			bpf_sk_assign(skb, sk, 0); /* saves the stack its lookup; harmless if refused */
 		bpf_sk_release(sk);
-		if (ok)
+		/* Reassembly looks for the socket again. If its connection is
+		 * gone by then, the app's listener might take what is left for
+		 * the answer to a SYN cookie; the port of tunnels is the
+		 * proxy's. */
+		if (ok && (!p.fragment || is_tunnel_port(&p)))
 			return TC_ACT_UNSPEC;
+		if (ok) {
+			count(id, IN_FRAGMENT_DROP);
+			return TC_ACT_SHOT;
+		}
 		if (!strict && !listening)
 			return TC_ACT_UNSPEC;
 		if (!listening && !half_open) {

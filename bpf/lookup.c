@@ -54,14 +54,48 @@ static __always_inline int is_own6(struct bpf_sk_lookup *ctx)
 	return 0;
 }
 
+// own is for TCP to an address of the pod: its own, and what the proxy sends the
+// app. The context's interface cannot tell lo from the wire for the pod's own
+// addresses (inet_iif is the interface that owns the address), so inbound
+// connections are not its business: judge_inbound assigned them before, but for
+// those that it says.
+static __always_inline int own(struct bpf_sk_lookup *ctx, int v6)
+{
+	int tunnel = ctx->local_port == HBONE_PORT;
+	struct listener at = { .pod = pod_id, .role = (tunnel ? ROLE_HB4 : ROLE_IN4) + v6 };
+	struct probe k = { .pod = pod_id };
+	struct bpf_sock *sk;
+	long err = 1;
+
+	if (v6) {
+		for (int i = 0; i < 4; i++) {
+			((__be32 *)k.flow.local)[i] = ctx->local_ip6[i];
+			((__be32 *)k.flow.remote)[i] = ctx->remote_ip6[i];
+		}
+	} else {
+		mapped(k.flow.local, ctx->local_ip4);
+		mapped(k.flow.remote, ctx->remote_ip4);
+	}
+	k.flow.local_port = bpf_htons(ctx->local_port);
+	k.flow.remote_port = ctx->remote_port;
+	if (bpf_map_delete_elem(&renewals, &k)) /* there is none */
+		return SK_PASS;
+	sk = bpf_map_lookup_elem(&listeners, &at);
+	if (sk) {
+		err = bpf_sk_assign(ctx, sk, BPF_SK_LOOKUP_F_REPLACE);
+		bpf_sk_release(sk);
+	}
+	if (err) {
+		count(at.pod, IN_NO_PROXY_DROP);
+		return SK_DROP;
+	}
+	return SK_PASS;
+}
+
 // mesh_lookup gives the pod's own connections and name queries to the proxy. A
 // routing rule delivers all TCP that the pod generates to lo, and another UDP
 // to port 53; what is not for an address of the pod meets this program instead
 // of a listener.
-//
-// The context's interface cannot tell lo from the wire for the pod's own
-// addresses (inet_iif is the interface that owns the address), so inbound
-// connections are not its business: judge_inbound assigned them before.
 SEC("sk_lookup")
 int mesh_lookup(struct bpf_sk_lookup *ctx)
 {
@@ -74,7 +108,7 @@ int mesh_lookup(struct bpf_sk_lookup *ctx)
 	if (ctx->protocol != IPPROTO_TCP && !query)
 		return SK_PASS;
 	if (v6 ? is_own6(ctx) : is_own4(ctx))
-		return SK_PASS;
+		return query ? SK_PASS : own(ctx, v6);
 	sk = bpf_map_lookup_elem(&listeners, &at);
 	if (sk) {
 		err = bpf_sk_assign(ctx, sk, BPF_SK_LOOKUP_F_REPLACE);

@@ -78,6 +78,7 @@ const (
 	LookupMapPods        = "pods"
 	LookupMapProbes      = "probes"
 	LookupMapPrograms    = "programs"
+	LookupMapRenewals    = "renewals"
 	LookupMapStats       = "stats"
 	LookupProgMeshLookup = "mesh_lookup"
 	LookupVarPodDns      = "pod_dns"
@@ -141,6 +142,7 @@ type LookupMapSpecs struct {
 	Pods      *ebpf.MapSpec `ebpf:"pods"`
 	Probes    *ebpf.MapSpec `ebpf:"probes"`
 	Programs  *ebpf.MapSpec `ebpf:"programs"`
+	Renewals  *ebpf.MapSpec `ebpf:"renewals"`
 	Stats     *ebpf.MapSpec `ebpf:"stats"`
 }
 
@@ -180,6 +182,7 @@ type LookupMaps struct {
 	Pods      *ebpf.Map `ebpf:"pods"`
 	Probes    *ebpf.Map `ebpf:"probes"`
 	Programs  *ebpf.Map `ebpf:"programs"`
+	Renewals  *ebpf.Map `ebpf:"renewals"`
 	Stats     *ebpf.Map `ebpf:"stats"`
 }
 
@@ -191,6 +194,7 @@ func (m *LookupMaps) Close() error {
 		m.Pods,
 		m.Probes,
 		m.Programs,
+		m.Renewals,
 		m.Stats,
 	)
 }

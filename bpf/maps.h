@@ -96,7 +96,7 @@ struct flow {
 	__be16 remote_port;
 };
 
-/* Key of `probes`. */
+/* Key of `probes` and `renewals`. */
 struct probe {
 	struct flow flow;
 	__u32 pod; /* no pod can use another's entry */
@@ -185,6 +185,16 @@ struct {
 	__type(value, __u32);
 } probes SEC(".maps");
 
+/* Connections whose client uses a port again while the pod's end of the last
+ * one waits for stray packets (TIME-WAIT). inbound leaves their SYN to the
+ * kernel, and mesh_lookup takes the entry and gives the SYN to the proxy. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192);
+	__type(key, struct probe);
+	__type(value, __u32);
+} renewals SEC(".maps");
+
 #define MARK_PROXY 0x539 /* traffic of the proxy: routed as if there were no capture */
 #define MARK_LOCAL 0x53a /* traffic that stays in the namespace, captured or not */
 #define HBONE_PORT 15008
@@ -197,6 +207,14 @@ static __always_inline void count(__u32 id, enum counter which)
 
 	if (c && which < COUNTERS)
 		__sync_fetch_and_add(&c->n[which], 1);
+}
+
+/* mapped writes an IPv4 address as struct flow has it. */
+static __always_inline void mapped(__u8 out[16], __be32 ip4)
+{
+	__builtin_memset(out, 0, 10);
+	out[10] = out[11] = 0xff;
+	__builtin_memcpy(out + 12, &ip4, 4);
 }
 
 /* differs is 1 unless d is 0. Without a branch: in a loop over addresses, each

@@ -219,13 +219,6 @@ static __always_inline void mirror(const struct packet *p, struct bpf_sock_tuple
 	t->ipv4.dport = p->tuple.ipv4.sport;
 }
 
-static __always_inline void mapped(__u8 out[16], __be32 ip4)
-{
-	__builtin_memset(out, 0, 10);
-	out[10] = out[11] = 0xff;
-	__builtin_memcpy(out + 12, &ip4, 4);
-}
-
 /* flow_to_pod and flow_from_pod are p's flow seen from the pod. */
 static __always_inline void flow_to_pod(const struct packet *p, struct flow *f)
 {

@@ -92,6 +92,7 @@ const (
 	SocketsMapPods      = "pods"
 	SocketsMapProbes    = "probes"
 	SocketsMapPrograms  = "programs"
+	SocketsMapRenewals  = "renewals"
 	SocketsMapStats     = "stats"
 	SocketsProgDestroy  = "destroy"
 	SocketsProgDrain    = "drain"
@@ -155,6 +156,7 @@ type SocketsMapSpecs struct {
 	Pods      *ebpf.MapSpec `ebpf:"pods"`
 	Probes    *ebpf.MapSpec `ebpf:"probes"`
 	Programs  *ebpf.MapSpec `ebpf:"programs"`
+	Renewals  *ebpf.MapSpec `ebpf:"renewals"`
 	Stats     *ebpf.MapSpec `ebpf:"stats"`
 }
 
@@ -190,6 +192,7 @@ type SocketsMaps struct {
 	Pods      *ebpf.Map `ebpf:"pods"`
 	Probes    *ebpf.Map `ebpf:"probes"`
 	Programs  *ebpf.Map `ebpf:"programs"`
+	Renewals  *ebpf.Map `ebpf:"renewals"`
 	Stats     *ebpf.Map `ebpf:"stats"`
 }
 
@@ -201,6 +204,7 @@ func (m *SocketsMaps) Close() error {
 		m.Pods,
 		m.Probes,
 		m.Programs,
+		m.Renewals,
 		m.Stats,
 	)
 }

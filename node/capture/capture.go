@@ -102,7 +102,7 @@ func (c *Capture) start() (err error) {
 	if c.lookup, err = bpf.LoadLookup(); err != nil {
 		return fmt.Errorf("read programs: %w", err)
 	}
-	c.pruneMaps(c.lookup, bpf.LookupMapListeners, bpf.LookupMapStats)
+	c.pruneMaps(c.lookup, lookupMaps()...)
 	if err := c.loadWalkers(); err != nil {
 		return err
 	}

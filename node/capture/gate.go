@@ -60,6 +60,11 @@ func (c *Capture) newGate(id uint32, slot bpf.CaptureSlot) (*ebpf.Program, error
 	return prog, nil
 }
 
+// lookupMaps are the maps that mesh_lookup uses.
+func lookupMaps() []string {
+	return []string{bpf.LookupMapListeners, bpf.LookupMapRenewals, bpf.LookupMapStats}
+}
+
 // newLookup loads mesh_lookup for one pod.
 func (c *Capture) newLookup(id uint32, w place) (*ebpf.Program, error) {
 	e, err := w.entry()
@@ -81,7 +86,7 @@ func (c *Capture) newLookup(id uint32, w place) (*ebpf.Program, error) {
 			return nil, fmt.Errorf("set constant %s: %w", name, err)
 		}
 	}
-	coll, err := ebpf.NewCollectionWithOptions(spec, c.with(bpf.LookupMapListeners, bpf.LookupMapStats))
+	coll, err := ebpf.NewCollectionWithOptions(spec, c.with(lookupMaps()...))
 	if err != nil {
 		return nil, fmt.Errorf("load %s into the kernel: %w", bpf.LookupProgMeshLookup, err)
 	}

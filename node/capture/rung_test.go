@@ -43,7 +43,8 @@ func TestRungs(t *testing.T) {
 			"loop":                          TestProxyDoesNotMeetItself,
 		}), instead: tests{"filters taken off in the pod": testFiltersTakenOff}},
 		{disable: "sk_lookup", rung: RungTCX, why: "no sk_lookup", tests: with(always, tests{
-			"keep and drain": TestRunningPodKeepsItsConnections,
+			"keep and drain":     TestRunningPodKeepsItsConnections,
+			"port is used again": TestPortIsUsedAgain,
 		})},
 		{disable: "sk_lookup tcx", rung: RungClsact, why: "no sk_lookup", tests: tests{
 			"outbound": TestOutboundIsCaptured,
