@@ -76,6 +76,48 @@ func TestLabelOnAndOff(t *testing.T) {
 	score.Record(t, account(t, "enrol.label", events)...)
 }
 
+// Requests that are just being made while pods join and leave are answered, each
+// on a new connection for which the server's name is resolved anew: nothing is
+// lost that nobody sends again, like the query for a name.
+func TestLabelAmongNewConnections(t *testing.T) {
+	const ns = "arrives"
+	y := namespaceYAML(ns, "") + podYAML(ns, "client", "node1", "args: [sleep]")
+	for server, node := range map[string]string{"near": "node1", "far": "node2"} {
+		y += podYAML(ns, server, node, "args: [server]") + serviceYAML(ns, server, server, "")
+	}
+	apply(t, y)
+	ready(t, ns)
+	// A query that is lost is sent again after five seconds.
+	names := func(servers string) []string {
+		return []string{"-to", servers, "-port", "80", "-rate", "20", "-idle", "0", "-long", "0", "-bytes", "0", "-timeout", "4s"}
+	}
+	loads := []*load{
+		startLoad(t, ns, "client", names("near."+ns+",far."+ns)...),
+		startLoad(t, ns, "far", names("near."+outside+",far."+meshed)...),
+		startLoad(t, outside, "client", names("near."+ns+",far."+ns)...),
+	}
+	for _, l := range loads {
+		l.waitReady(t)
+	}
+	for range 5 {
+		for _, label := range []string{"istio.io/dataplane-mode=ambient", "istio.io/dataplane-mode-"} {
+			kubectl(t, "label", "namespace", ns, label)
+			for _, pod := range []string{"client", "near", "far"} {
+				wantCaptured(t, ns, pod, !strings.HasSuffix(label, "-"))
+			}
+			for _, l := range loads {
+				l.served(t, time.Now(), 2)
+			}
+		}
+	}
+	var events []event
+	for _, l := range loads {
+		events = append(events, l.end(t)...)
+	}
+	rows := account(t, "enrol.names", events)
+	score.Record(t, rows[slices.IndexFunc(rows, func(r score.Row) bool { return r.Name == "enrol.names.requests" })])
+}
+
 // account makes a row of each load out of all events, and fails the test if
 // anything was refused or broke.
 func account(t *testing.T, name string, events []event) []score.Row {

@@ -31,6 +31,7 @@ type event struct {
 // A loader puts four loads on servers at once and accounts for everything.
 type loader struct {
 	rate    float64
+	port    string        // of requests
 	idle    int           // connections for each server that say nothing
 	long    int           // and those that say something all the time
 	bytes   int64         // of one transfer
@@ -47,7 +48,8 @@ type loader struct {
 func load(ctx context.Context, args []string, out io.Writer) error {
 	l := &loader{out: json.NewEncoder(out), waiting: map[string]bool{}}
 	fs := flag.NewFlagSet("load", flag.ContinueOnError)
-	to := fs.String("to", "", "addresses of servers, separated by commas")
+	to := fs.String("to", "", "addresses or names of servers, separated by commas; a name is resolved for each connection")
+	fs.StringVar(&l.port, "port", "8080", "port of the servers to which requests go")
 	fs.Float64Var(&l.rate, "rate", 20, "requests per second to each server, each on a new connection, none waiting for another")
 	fs.IntVar(&l.idle, "idle", 5, "idle connections to each server")
 	fs.IntVar(&l.long, "long", 3, "long-lived connections to each server")
@@ -124,7 +126,7 @@ func (l *loader) succeeded(load, to string) {
 // requests asks at a fixed rate, however long the answers take.
 func (l *loader) requests(ctx context.Context, server string) {
 	c := &http.Client{Timeout: l.timeout, Transport: &http.Transport{DisableKeepAlives: true}}
-	url := "http://" + net.JoinHostPort(server, "8080") + "/"
+	url := "http://" + net.JoinHostPort(server, l.port) + "/"
 	var all sync.WaitGroup
 	defer all.Wait()
 	tick := time.NewTicker(time.Duration(float64(time.Second) / l.rate))

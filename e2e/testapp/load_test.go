@@ -38,7 +38,7 @@ func TestLoadAccountsForEverything(t *testing.T) {
 			defer end()
 			pr, pw := io.Pipe()
 			l := &loader{
-				rate: 50, idle: 2, long: 2, bytes: 1 << 20, pace: 8 << 20, timeout: 5 * time.Second,
+				rate: 50, port: "8080", idle: 2, long: 2, bytes: 1 << 20, pace: 8 << 20, timeout: 5 * time.Second,
 				out: json.NewEncoder(pw), waiting: map[string]bool{},
 			}
 			var run sync.WaitGroup
