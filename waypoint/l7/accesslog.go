@@ -51,7 +51,7 @@ func (a *accessLog) OnEnd(x *Exchange) {
 	form := "text"
 	if a.waypoint != (mesh.Name{}) {
 		form = ""
-		if w := x.View.Waypoint(a.waypoint); w != nil {
+		if w := x.known.waypoint; w != nil {
 			form = w.AccessLog
 		}
 	}

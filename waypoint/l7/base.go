@@ -54,16 +54,15 @@ type match struct {
 
 // OnRequest matches.
 func (m *match) OnRequest(x *Exchange) Verdict {
-	v := x.View
 	x.Policy = &noPolicy
 	if x.Facts.Workload != "" {
 		return m.workload(x)
 	}
-	x.Service = v.ServiceByName(x.Facts.Service)
+	x.Service = x.known.service
 	if x.Service == nil {
 		return x.Answer(503, "", FlagNoCluster, "cluster_not_found")
 	}
-	t := m.e.table(v.Route(x.Facts.Service, x.Port, mesh.RouteHTTP))
+	t := x.known.table
 	if t.Broken != "" {
 		x.Failure = t.Broken
 		return x.Answer(500, "", 0, "route_broken")
@@ -125,7 +124,10 @@ func (m *match) backend(x *Exchange) refusal {
 		k.port = x.Port
 	}
 	x.BackendPort = k.port
-	x.BackendService = x.View.ServiceByName(k.service)
+	x.BackendService = x.known.service
+	if k.service != x.Facts.Service {
+		x.BackendService = x.View.ServiceByName(k.service)
+	}
 	if b.Unroutable != "" {
 		x.Failure = b.Unroutable
 		status, flag := b.Status, Flags(0)

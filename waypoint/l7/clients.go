@@ -3,6 +3,8 @@ package l7
 import (
 	"sync"
 	"time"
+
+	"github.com/weft-mesh/weft/mesh/view"
 )
 
 // clients are the connections that are served.
@@ -42,12 +44,13 @@ func (s *clients) closeQuiet() {
 	}
 }
 
-// lookAfter looks which clients have left while they were served. It reports
-// whether any is being served.
-func (s *clients) lookAfter(now int64) (serving bool) {
+// lookAfter looks which clients have left while they were served, and lets go of
+// Views before v. It reports whether any is being served.
+func (s *clients) lookAfter(now int64, v *view.View) (serving bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for c := range s.all {
+		c.memory.forget(v)
 		if c.lookAfter(now) {
 			serving = true
 		}

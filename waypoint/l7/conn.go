@@ -13,9 +13,10 @@ import (
 // used yet. It is read by one goroutine at a time.
 type conn struct {
 	net.Conn
-	sock  *socket // Conn, nil if it is none
-	e     *Engine
-	facts Facts
+	sock   *socket // Conn, nil if it is none
+	e      *Engine
+	facts  Facts
+	memory memory
 
 	buf  []byte // buf[r:w] is unread
 	r, w int

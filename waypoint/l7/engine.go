@@ -168,7 +168,7 @@ func (e *Engine) Run(ctx context.Context) error {
 		case <-t.C:
 		}
 		e.clock.advance()
-		if serving := e.clients.lookAfter(e.clock.now.Load()); serving && n%5 == 0 {
+		if serving := e.clients.lookAfter(e.clock.now.Load(), e.cfg.Store.Load()); serving && n%5 == 0 {
 			wakeMonitor()
 		}
 		if by := e.drainBy.Load(); by != 0 && e.clock.now.Load() >= by {

@@ -115,6 +115,8 @@ type Exchange struct {
 
 	ctx     context.Context
 	engine  *Engine
+	memory  *memory // of the connection
+	known   *known  // by View
 	cluster *cluster
 	// upstream is the version that the endpoint is spoken to in.
 	upstream Version

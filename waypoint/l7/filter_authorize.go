@@ -16,7 +16,7 @@ type authorize struct {
 
 // OnRequest decides on a request.
 func (a *authorize) OnRequest(x *Exchange) Verdict {
-	ps := x.View.Targeted(x.Facts.Service, a.e.cfg.Waypoint)
+	ps := x.known.policies
 	if len(ps) == 0 {
 		return Continue
 	}
@@ -31,7 +31,7 @@ func (a *authorize) OnRequest(x *Exchange) Verdict {
 // connectionAllowed decides on a connection that is passed through. What
 // policies say of requests is not known of it, and denies.
 func (e *Engine) connectionAllowed(x *Exchange) Verdict {
-	return e.decide(x, x.View.Targeted(x.Facts.Service, e.cfg.Waypoint), nil)
+	return e.decide(x, x.known.policies, nil)
 }
 
 // decide asks ps, and says why if they refuse.

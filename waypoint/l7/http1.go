@@ -26,7 +26,7 @@ func (e *Engine) serveHTTP1(ctx context.Context, c *conn) error {
 			}
 			return err
 		}
-		x := e.newExchange(ctx, &c.facts)
+		x := e.newExchange(ctx, &c.facts, &c.memory)
 		keep, err := d.one(x)
 		c.run(nil)
 		e.putExchange(x)

@@ -77,7 +77,7 @@ func (d *http2Server) accept(s *h2.Stream, fields []http2.Field, end, tooLarge b
 	st := &http2Stream{d: d, s: s, room: roomPool.Get().(*http2Room)}
 	st.in.init(s)
 	st.in.buf = st.room.body
-	x := e.newExchange(d.ctx, &d.facts)
+	x := e.newExchange(d.ctx, &d.facts, &d.memory)
 	st.x = x
 	x.Version = HTTP2
 	status := 0

@@ -202,7 +202,7 @@ func (m *metrics) make(l *labels, connection bool) *series {
 
 // keyOf finds out by what x is counted.
 func keyOf(x *Exchange) metricKey {
-	k := metricKey{source: sourceOf(x.View, x.Facts), service: x.BackendService, peer: x.Facts.Peer, flags: x.Flags,
+	k := metricKey{source: x.known.source, service: x.BackendService, peer: x.Facts.Peer, flags: x.Flags,
 		status: int16(x.Response.Status), grpc: -1, protocol: 'h'}
 	if k.service == nil {
 		k.service = x.Service

@@ -111,8 +111,8 @@ func (m *mirrors) send(x *Exchange, spec *mesh.Mirror, body []byte) {
 		return
 	}
 	facts := *x.Facts
-	c := m.e.newExchange(m.ctx, &facts)
-	c.View, c.Version, c.GRPC, c.Service, c.Start = x.View, x.Version, x.GRPC, x.Service, time.Now()
+	c := m.e.newExchange(m.ctx, &facts, nil)
+	c.View, c.known, c.Version, c.GRPC, c.Service, c.Start = x.View, x.known, x.Version, x.GRPC, x.Service, time.Now()
 	c.Policy = &noPolicy
 	copyHead(&c.Request, &x.Request, body)
 	if !spec.PlainHost {

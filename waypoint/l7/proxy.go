@@ -10,10 +10,10 @@ import (
 )
 
 // newExchange returns an Exchange for the next request of a connection, whose
-// Facts it has and nothing else.
-func (e *Engine) newExchange(ctx context.Context, facts *Facts) *Exchange {
+// Facts and memory it has and nothing else.
+func (e *Engine) newExchange(ctx context.Context, facts *Facts, m *memory) *Exchange {
 	x := e.exchanges.Get().(*Exchange)
-	x.engine, x.ctx, x.Facts = e, ctx, facts
+	x.engine, x.ctx, x.Facts, x.memory = e, ctx, facts, m
 	x.Port = facts.Port
 	return x
 }
@@ -54,7 +54,7 @@ func (e *Engine) conclude(x *Exchange, cl client, v Verdict) (keep bool) {
 // reject answers what is no request: no filter sees it before its end.
 func (e *Engine) reject(x *Exchange, cl client, status int, flag Flags, details, failure string) {
 	x.Start = time.Now()
-	x.View = e.cfg.Store.Load()
+	e.look(x)
 	x.work.last = true
 	x.Failure = failure
 	x.Answer(status, "", flag, details)
@@ -75,7 +75,7 @@ func (e *Engine) request(x *Exchange) Verdict {
 // begin prepares a request for the filters.
 func (e *Engine) begin(x *Exchange, now time.Time) Verdict {
 	x.Start = now
-	x.View = e.cfg.Store.Load()
+	e.look(x)
 	x.OriginalPath = x.Request.Path
 	x.Request.Scheme = schemeHTTP
 	if x.Facts.Scheme == "https" {

@@ -15,12 +15,12 @@ import (
 // serveTCP passes a connection through: to the backend that a TLS or TCP route
 // names, else to the service itself.
 func (e *Engine) serveTCP(ctx context.Context, c *conn) error {
-	x := e.newExchange(ctx, &c.facts)
+	x := e.newExchange(ctx, &c.facts, &c.memory)
 	defer e.putExchange(x)
 	c.run(x)
 	defer c.run(nil)
 	x.Start = time.Now()
-	x.View = e.cfg.Store.Load()
+	e.look(x)
 	x.Request.Reset()
 	x.Response.Reset()
 	err := e.connect(x, c)
@@ -121,7 +121,7 @@ func (e *Engine) routeConnection(x *Exchange, c *conn) *tryError {
 		x.Policy = x.cluster.policy.Load()
 		return nil
 	}
-	x.Service = x.View.ServiceByName(f.Service)
+	x.Service = x.known.service
 	if x.Service == nil {
 		return &tryError{kind: failedNoCluster, cause: errNotServed}
 	}

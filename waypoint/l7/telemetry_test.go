@@ -38,6 +38,7 @@ func served() *Exchange {
 		Start: start, Sent: start.Add(time.Millisecond), Answered: start.Add(6 * time.Millisecond), End: start.Add(7500 * time.Microsecond),
 		Details: "via_upstream", RequestBytes: 3, ResponseBytes: 1024, RequestHeadBytes: 100, ResponseHeadBytes: 50, RequestID: []byte("id-1"),
 	}
+	x.known = lookUp(x.View, x.Facts, mesh.Name{})
 	x.BackendService = x.Service
 	x.Request.Reset()
 	x.Response.Reset()
@@ -146,6 +147,7 @@ func TestAccessLogIsAsTheWaypointWantsIt(t *testing.T) {
 	for form, want := range map[string]string{"": "", "text": "[", "json": "{"} {
 		a, x := newAccessLog(&bytes.Buffer{}, name), served()
 		x.View = view.WithL7("1", nil, nil, nil, view.L7{Waypoints: []*mesh.Waypoint{{Name: name, AccessLog: form}}})
+		x.known = lookUp(x.View, x.Facts, name)
 		a.OnEnd(x)
 		if got := string(a.buf); !strings.HasPrefix(got, want) || want == "" && got != "" {
 			t.Errorf("%q is written as %q", form, got)
@@ -170,6 +172,7 @@ func TestMetrics(t *testing.T) {
 	m.OnEnd(grpc)
 	liar := served() // at the address of a pod that it is not
 	liar.Facts = &Facts{Peer: mesh.Identity{TrustDomain: "td", Namespace: "evil", ServiceAccount: "e"}, Source: liar.Facts.Source}
+	liar.known = lookUp(liar.View, liar.Facts, mesh.Name{})
 	liar.Endpoint, liar.BackendService, liar.Service, liar.Response.Status = nil, nil, nil, 503
 	m.OnEnd(liar)
 	tcp := served()
@@ -224,6 +227,7 @@ func TestSeriesAreBounded(t *testing.T) {
 	for i := range 50 {
 		x := served()
 		x.Facts.Peer = mesh.Identity{TrustDomain: "td", Namespace: fmt.Sprint("n", i), ServiceAccount: "a"}
+		x.known = lookUp(x.View, x.Facts, mesh.Name{})
 		m.OnEnd(x)
 	}
 	if n := len(counters(t, reg, "istio_requests_total")); n != 4 {
