@@ -173,6 +173,7 @@ func (p *Pool) Connect(ctx context.Context, t Target, authority string, h Header
 // link returns a tunnel that has room, and whether it was made while this call
 // waited.
 func (p *Pool) link(ctx context.Context, k key, t Target) (l *link, fresh bool, err error) {
+	var made *link // by the dial that was waited for
 	for {
 		p.mu.Lock()
 		if p.closed {
@@ -186,7 +187,11 @@ func (p *Pool) link(ctx context.Context, k key, t Target) (l *link, fresh bool, 
 		}
 		if l := e.withRoom(); l != nil {
 			p.mu.Unlock()
-			return l, fresh, nil
+			return l, made != nil, nil
+		}
+		if made != nil && made.useless() {
+			p.mu.Unlock()
+			return nil, false, made.cause() // dialing on would go on for ever
 		}
 		if e.dial == nil {
 			p.startDial(ctx, k, t, e)
@@ -201,10 +206,7 @@ func (p *Pool) link(ctx context.Context, k key, t Target) (l *link, fresh bool, 
 		if d.err != nil {
 			return nil, false, d.err
 		}
-		if d.link.useless() {
-			return nil, false, d.link.cause() // dialing on would go on for ever
-		}
-		fresh = true
+		made = d.link
 	}
 }
 

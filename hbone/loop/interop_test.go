@@ -178,7 +178,7 @@ func TestAgainstTheClientOfXNet(t *testing.T) {
 func TestWrongPeers(t *testing.T) {
 	t.Run("identity", func(t *testing.T) {
 		w := newWorld(t, echo, func(w *world, sc *ServerConfig, _ *PoolConfig) { sc.Shake.TLS = w.serverTLS(web) })
-		w.dial()
+		w.attempt()
 		if err := w.over(w.theOut(0)); err == nil {
 			t.Error("it was taken")
 		}
@@ -191,7 +191,7 @@ func TestWrongPeers(t *testing.T) {
 			sc.Shake.TLS = sc.Shake.TLS.Clone()
 			sc.Shake.TLS.VerifyConnection = func(tls.ConnectionState) error { return errors.New("not you") }
 		})
-		w.dial()
+		w.attempt()
 		err := w.over(w.theOut(0))
 		var alert tls.AlertError
 		if !errors.As(err, &alert) {
@@ -213,7 +213,7 @@ func TestWrongPeers(t *testing.T) {
 			})
 		})
 		t.Cleanup(func() { close(done) })
-		w.dial()
+		w.attempt()
 		if err := w.over(w.theOut(0)); !errors.Is(err, errNoAnswer) {
 			t.Errorf("%v, want %v", err, errNoAnswer)
 		}

@@ -186,6 +186,7 @@ func (p *Pool) Connect(ctx context.Context, t hbone.Target, authority string, h 
 // send gives c to a tunnel that has room.
 func (p *Pool) send(ctx context.Context, c *Conn) error {
 	op := c.opening
+	var made *tunnel // by the dial that was waited for last
 	for {
 		if cause := c.Cause(); cause != nil {
 			return cause
@@ -217,6 +218,12 @@ func (p *Pool) send(ctx context.Context, c *Conn) error {
 			}
 			return nil
 		}
+		if err := made.useless(); err != nil {
+			if op.dials++; op.dials > 1 {
+				p.mu.Unlock()
+				return err
+			}
+		}
 		if e.dial == nil {
 			p.startDial(ctx, op.target, e, nil)
 		}
@@ -227,16 +234,12 @@ func (p *Pool) send(ctx context.Context, c *Conn) error {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
-		err := d.err
-		if err == nil {
-			if err = d.made.useless(); err == nil || d.made.move.Load() {
-				continue
-			}
-		}
 		// Dialing on would go on for ever. Once is for a peer whose process ends
 		// just now: the next connection is its successor's.
-		if op.dials++; op.dials > 1 || d.err != nil && !cutOff(d.err) {
-			return err
+		if made = d.made; d.err != nil {
+			if op.dials++; op.dials > 1 || !cutOff(d.err) {
+				return d.err
+			}
 		}
 	}
 }
@@ -248,8 +251,11 @@ func cutOff(err error) bool {
 }
 
 // useless returns why a new tunnel takes no connection at all, or nil if it
-// does.
+// does, has moved to another process, or there is none.
 func (t *tunnel) useless() error {
+	if t == nil || t.move.Load() {
+		return nil
+	}
 	if why := t.why.Load(); why != nil {
 		return why.err
 	}

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -242,6 +243,18 @@ func (w *world) dial() *net.TCPConn {
 	w.t.Cleanup(func() { _ = c.Close() })
 	_ = c.SetDeadline(time.Now().Add(60 * time.Second))
 	return c.(*net.TCPConn)
+}
+
+// attempt is dial for a connection that the proxy may end before the system
+// call returns.
+func (w *world) attempt() {
+	w.t.Helper()
+	c, err := net.Dial("tcp", w.out)
+	if err == nil {
+		w.t.Cleanup(func() { _ = c.Close() })
+	} else if !errors.Is(err, syscall.ECONNRESET) {
+		w.t.Fatal(err)
+	}
 }
 
 // echo sends back what comes, and the end with it.
