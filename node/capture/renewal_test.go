@@ -49,7 +49,10 @@ func dialFrom(ctx context.Context, h *testnet.Host, from, to netip.AddrPort) (*n
 // a connection that the server has closed. In the pod that one still waits for
 // stray packets, whether it was the app's, before capture, or the proxy's. The
 // new one is the proxy's, and never the app's; without mesh_lookup, nobody's.
-func TestPortIsUsedAgain(t *testing.T) {
+func TestPortIsUsedAgain(t *testing.T) { portIsUsedAgain(t, "attack.in_port_reused") }
+
+// portIsUsedAgain counts attempts in the row.
+func portIsUsedAgain(t *testing.T, row string) {
 	score := newCard(t)
 	eachFamily(t, func(t *testing.T, addr func(*testnet.Host) netip.Addr) {
 		s := newStage(t, testnet.Routed)
@@ -63,7 +66,7 @@ func TestPortIsUsedAgain(t *testing.T) {
 		p, x := s.captured(Mode{Existing: Keep})
 		if s.capture.Features().SkLookup {
 			for i := range 3 {
-				score.attack("attack.in_port_reused", closedByServer(t, s, server, from, to) != from)
+				score.attack(row, closedByServer(t, s, server, from, to) != from)
 				if n := x.count("in"); n != i+1 {
 					t.Errorf("the proxy has accepted %d connections, want %d", n, i+1)
 				}
@@ -79,7 +82,7 @@ func TestPortIsUsedAgain(t *testing.T) {
 		if err == nil {
 			c.Close()
 		}
-		score.attack("attack.in_port_reused", err != nil)
+		score.attack(row, err != nil)
 	})
 }
 

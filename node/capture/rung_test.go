@@ -44,7 +44,7 @@ func TestRungs(t *testing.T) {
 		}), instead: tests{"filters taken off in the pod": testFiltersTakenOff}},
 		{disable: "sk_lookup", rung: RungTCX, why: "no sk_lookup", tests: with(always, tests{
 			"keep and drain":     TestRunningPodKeepsItsConnections,
-			"port is used again": TestPortIsUsedAgain,
+			"port is used again": func(t *testing.T) { portIsUsedAgain(t, "attack.in_port_reused.no_sk_lookup") },
 		})},
 		{disable: "sk_lookup tcx", rung: RungClsact, why: "no sk_lookup", tests: tests{
 			"outbound": TestOutboundIsCaptured,
