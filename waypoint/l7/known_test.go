@@ -8,8 +8,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	xhttp2 "golang.org/x/net/http2"
-
 	"github.com/weft-mesh/weft/mesh"
 	"github.com/weft-mesh/weft/mesh/view"
 )
@@ -42,13 +40,14 @@ func (w *world) getters() map[string]getter {
 	w.backend2("10.0.0.1:8081", echo("a"))
 	w.backend2("10.0.0.2:8081", echo("b"))
 	c := w.client(80)
-	over2 := func(cc *xhttp2.ClientConn) getter {
+	over2 := func(port uint16) getter {
+		cc := w.client2(port)
 		return func() int { r, _ := w.do(cc, "GET", "/", ""); return r.StatusCode }
 	}
 	return map[string]getter{
 		"HTTP/1":           func() int { r, _ := c.get("/"); return r.StatusCode },
-		"HTTP/2 to HTTP/1": over2(w.client2(80)),
-		"HTTP/2 to HTTP/2": over2(w.client2(81)),
+		"HTTP/2 to HTTP/1": over2(80),
+		"HTTP/2 to HTTP/2": over2(81),
 	}
 }
 
