@@ -2,11 +2,9 @@ package ztunnel
 
 import (
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"net/netip"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -52,19 +50,7 @@ func TestHandoverOfPlainConnections(t *testing.T) {
 	stop := make(chan struct{})
 	for i := range 6 {
 		c := open(ways[i%2])
-		talks.Go(func() {
-			for k := 0; ; k++ {
-				if err := roundTrip(c, strings.Repeat(fmt.Sprint("talk ", i, k), 1+i*2000)); err != nil {
-					t.Errorf("connection %d, after %d: %v", i, k, err)
-					return
-				}
-				select {
-				case <-stop:
-					return
-				default:
-				}
-			}
-		})
+		talks.Go(func() { talk(t, c, i, 1+i*2000, stop) })
 	}
 	parts := 0
 	for range 5 {
@@ -220,19 +206,7 @@ func TestHandoverBetweenPodsOfANode(t *testing.T) {
 	stop := make(chan struct{})
 	for i := range 4 {
 		c := client.dial(service)
-		talks.Go(func() {
-			for k := 0; ; k++ {
-				if err := roundTrip(c, strings.Repeat(fmt.Sprint("talk ", i, k), 1+i*2000)); err != nil {
-					t.Errorf("connection %d, after %d: %v", i, k, err)
-					return
-				}
-				select {
-				case <-stop:
-					return
-				default:
-				}
-			}
-		})
+		talks.Go(func() { talk(t, c, i, 1+i*2000, stop) })
 	}
 	parts := 0
 	for range 5 {

@@ -10,7 +10,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -146,19 +145,7 @@ func TestHandoverKeepsConnections(t *testing.T) {
 	stop := make(chan struct{})
 	for i := range 8 {
 		c := open()
-		wg.Go(func() {
-			for k := 0; ; k++ {
-				if err := roundTrip(c, strings.Repeat(fmt.Sprint("talk ", i, k), 1+i*500)); err != nil {
-					t.Errorf("connection %d, after %d: %v", i, k, err)
-					return
-				}
-				select {
-				case <-stop:
-					return
-				default:
-				}
-			}
-		})
+		wg.Go(func() { talk(t, c, i, 1+i*500, stop) })
 	}
 	wg.Go(func() { // new ones all the time
 		for i := 0; ; i++ {

@@ -388,6 +388,22 @@ func (p *testPod) dial(to netip.AddrPort) *net.TCPConn {
 	return c.(*net.TCPConn)
 }
 
+// talk makes round trips on connection i until stop is closed, each with some
+// words as often as times says.
+func talk(t testing.TB, c net.Conn, i, times int, stop <-chan struct{}) {
+	for k := 0; ; k++ {
+		if err := roundTrip(c, strings.Repeat(fmt.Sprint("talk ", i, k), times)); err != nil {
+			t.Errorf("connection %d, after %d: %v", i, k, err)
+			return
+		}
+		select {
+		case <-stop:
+			return
+		default:
+		}
+	}
+}
+
 // roundTrip sends s over c and wants it back.
 func roundTrip(c net.Conn, s string) error {
 	if _, err := io.WriteString(c, s); err != nil {

@@ -184,6 +184,7 @@ type paced struct {
 	n     int64
 }
 
+// Read implements io.Reader. It waits until the bytes before are due.
 func (p *paced) Read(b []byte) (int, error) {
 	due := p.start.Add(time.Duration(float64(p.n) / float64(p.pace) * float64(time.Second)))
 	time.Sleep(time.Until(due))
