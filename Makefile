@@ -23,11 +23,11 @@ demo-down: ## remove the demo's cluster and all its state
 
 .PHONY: test
 test: ## every test: lint, unit, kernel, fuzz, cluster; and what they prove about reliability
-	@start=$$SECONDS; .ci/deps; rm -rf out/reliability out/reliability.json; \
+	@start=$$SECONDS; .ci/deps; rm -rf out/reliability out/reliability.json; mkdir -p out; \
 	export WEFT_SCORE_RUN=$$(date +%s%N); failed=; \
-	$(MAKE) --no-print-directory lint unit fuzz e2e || failed=-partial; \
+	$(MAKE) --no-print-directory lint unit fuzz e2e 2>&1 | tee out/test.log || failed=-partial; \
 	(cd e2e && go run ./cmd/score $$failed) || failed=yes; \
-	[ -z "$$failed" ] || { echo "make test: FAILED after $$((SECONDS-start)) s" >&2; exit 1; }; \
+	[ -z "$$failed" ] || { (cd e2e && go run ./cmd/failed ../out/test.log) || :; echo "make test: FAILED after $$((SECONDS-start)) s"; exit 1; } >&2; \
 	echo "make test: everything passed in $$((SECONDS-start)) s"
 
 .PHONY: score

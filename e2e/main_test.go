@@ -13,6 +13,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 
 	"github.com/weft-mesh/weft/e2e/cluster"
+	"github.com/weft-mesh/weft/e2e/failed"
 	"github.com/weft-mesh/weft/e2e/install"
 )
 
@@ -76,9 +77,15 @@ func run(m *testing.M) (code int) {
 		world.c.Dump(ctx, os.Stderr)
 		return 1
 	}
-	code = m.Run()
+	code, said, err := failed.Watch(m.Run)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "e2e: the output of the tests:", err)
+		code = 1
+	}
 	if code != 0 {
 		world.c.Dump(ctx, os.Stderr)
+		// Nobody finds them above the dump.
+		said.Report(os.Stdout, "e2e: what failed")
 	}
 	return code
 }
