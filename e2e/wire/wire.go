@@ -28,6 +28,10 @@ type Segment struct {
 	Payload  []byte
 }
 
+// drainTime bounds how long Close reads what is left, on a link that is never
+// silent.
+const drainTime = 5 * time.Second
+
 // A Tap records the TCP segments with a payload that cross one interface. Close
 // it after use.
 type Tap struct {
@@ -130,9 +134,17 @@ func indexOf(fd int, iface string) (int, error) {
 
 func (t *Tap) read() {
 	buf := make([]byte, t.length)
-	for !t.closed.Load() {
-		n, _, err := unix.Recvfrom(t.fd, buf, 0)
-		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) {
+	flags := 0
+	var end time.Time // what crossed the interface before Close is read to here
+	for {
+		if flags == 0 && t.closed.Load() {
+			flags, end = unix.MSG_DONTWAIT, time.Now().Add(drainTime)
+		}
+		n, _, err := unix.Recvfrom(t.fd, buf, flags)
+		switch {
+		case flags != 0 && (errors.Is(err, unix.EAGAIN) || time.Now().After(end)):
+			return
+		case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EINTR):
 			continue
 		}
 		if err != nil {
@@ -176,7 +188,7 @@ func parse(frame []byte) (Segment, bool) {
 	}, true
 }
 
-// Close stops recording. It returns the error that stopped the recording
+// Close stops recording; what crossed the interface before is recorded. It returns the error that stopped the recording
 // early, if one did: then what was seen is not all there was.
 func (t *Tap) Close() error {
 	t.closed.Store(true)

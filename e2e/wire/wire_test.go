@@ -3,6 +3,8 @@ package wire
 import (
 	"net"
 	"net/netip"
+	"os"
+	"runtime"
 	"testing"
 	"time"
 
@@ -54,5 +56,50 @@ func TestSighting(t *testing.T) {
 				t.Errorf("got %+v, %v, want %+v", got, err, r.want)
 			}
 		})
+	}
+}
+
+// What crossed the interface before Close is told, however late the reader is.
+func TestCloseReadsWhatIsLeft(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("not root: a packet socket needs CAP_NET_RAW")
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	to := l.Addr().(*net.TCPAddr).AddrPort()
+	late := make(chan struct{})
+	seen := 0
+	tap, err := OpenFunc("/proc/self/ns/net", "lo", func(s Segment) {
+		<-late
+		if s.SYN && s.Dst == to {
+			seen++
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const n = 20
+	for range n {
+		c, err := net.Dial("tcp", to.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Close()
+	}
+	closed := make(chan error, 1)
+	go func() { closed <- tap.Close() }()
+	for !tap.closed.Load() {
+		runtime.Gosched()
+	}
+	close(late)
+	if err := <-closed; err != nil {
+		t.Fatal(err)
+	}
+	// On lo each crosses twice: out and in.
+	if seen < n {
+		t.Errorf("%d of %d connections were seen", seen, n)
 	}
 }
