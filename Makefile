@@ -50,7 +50,7 @@ fuzz: ## each fuzz target, some seconds each
 
 .PHONY: e2e
 e2e: ## tests on a real two-node cluster
-	@echo "== real cluster"; cd e2e && go test -v -count=1 -p 1 -timeout 45m ./...
+	@echo "== real cluster"; cd e2e && go test -v -count=1 -p 1 -timeout 90m ./...
 
 .PHONY: conformance
 conformance: ## the Gateway API's mesh tests on a real cluster, without Weft and with it; into docs/conformance (root)

@@ -5,7 +5,6 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
-	"time"
 )
 
 // nobody is the address of a name server that is not there.
@@ -63,7 +62,7 @@ func TestNames(t *testing.T) {
 	}
 
 	t.Run("a pod that is left out", func(t *testing.T) {
-		eventually(t, 15*time.Second, func() error {
+		eventually(t, patience, func() error {
 			if out, err := lookupIn(t, ns, "apart", "-network", "ip4", full); err != nil || strings.TrimSpace(out) != vip4 {
 				return fmt.Errorf("through CoreDNS: got %q, %v; want %s", out, err, vip4)
 			}

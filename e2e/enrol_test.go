@@ -16,7 +16,7 @@ const redirection = `jsonpath={.metadata.annotations.ambient\.istio\.io/redirect
 // wantCaptured waits until a pod says that it is captured, or that it is not.
 func wantCaptured(t *testing.T, ns, pod string, want bool) {
 	t.Helper()
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, patience, func() error {
 		if got := kubectl(t, "get", "pod", "-n", ns, pod, "-o", redirection); (got == "enabled") != want {
 			return fmt.Errorf("pod %s/%s has redirection %q, want captured=%v", ns, pod, got, want)
 		}
@@ -28,7 +28,7 @@ func wantCaptured(t *testing.T, ns, pod string, want bool) {
 // STRICT a server in the mesh tells the two apart.
 func wantMeshed(t *testing.T, ns, client string, want bool) {
 	t.Helper()
-	eventually(t, 15*time.Second, func() error {
+	eventually(t, patience, func() error {
 		for _, server := range []string{"near", "far"} {
 			got := try(t, ns, client, "get", "http://"+server+"."+meshed+"/")
 			if got.OK != want {
@@ -199,13 +199,13 @@ func TestWhoIsCaptured(t *testing.T) {
 		{out, "plain", false}, {out, "ambient", true}, {"misspelt", "plain", false},
 	} {
 		t.Run(r.ns+"/"+r.pod, func(t *testing.T) {
-			kubectl(t, "wait", "-n", r.ns, "--for=condition=Ready", "pod/"+r.pod, "--timeout=60s")
+			kubectl(t, "wait", "-n", r.ns, "--for=condition=Ready", "pod/"+r.pod, "--timeout=120s")
 			wantCaptured(t, r.ns, r.pod, r.want)
 			wantMeshed(t, r.ns, r.pod, r.want)
 		})
 	}
 	t.Run("the log names the unknown value", func(t *testing.T) {
-		eventually(t, 10*time.Second, func() error {
+		eventually(t, patience, func() error {
 			if log := kubectl(t, "logs", "-n", "weft-system", "-l", "app=ztunnel", "-c", "weft-node", "--tail=1000"); !strings.Contains(log, "ambiant") {
 				return fmt.Errorf("no line about the label value %q", "ambiant")
 			}
@@ -228,8 +228,8 @@ func TestProbesUnderStrict(t *testing.T) {
 	for kind, p := range probes {
 		for _, node := range []string{"node1", "node2"} {
 			y += podYAML(meshed, "probe-"+kind+"-"+node, node, fmt.Sprintf(`args: [server]
-    readinessProbe: {%[1]s, periodSeconds: 1, failureThreshold: 1}
-    livenessProbe: {%[1]s, periodSeconds: 1, failureThreshold: 2}`, p))
+    readinessProbe: {%[1]s, periodSeconds: 1, failureThreshold: 1, timeoutSeconds: 3}
+    livenessProbe: {%[1]s, periodSeconds: 1, failureThreshold: 2, timeoutSeconds: 3}`, p))
 		}
 	}
 	apply(t, y)
@@ -237,7 +237,7 @@ func TestProbesUnderStrict(t *testing.T) {
 		for _, node := range []string{"node1", "node2"} {
 			t.Run(kind+" on "+node, func(t *testing.T) {
 				pod := "probe-" + kind + "-" + node
-				kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod/"+pod, "--timeout=60s")
+				kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod/"+pod, "--timeout=120s")
 				wantCaptured(t, meshed, pod, true)
 				ready := kubectl(t, "get", "pod", "-n", meshed, pod, "-o", `jsonpath={.status.conditions[?(@.type=="Ready")].lastTransitionTime}`)
 				since, err := time.Parse(time.RFC3339, strings.TrimSpace(ready))
@@ -245,7 +245,7 @@ func TestProbesUnderStrict(t *testing.T) {
 					t.Fatal(err)
 				}
 				// Several liveness probes must have passed since it was ready.
-				eventually(t, 20*time.Second, func() error {
+				eventually(t, patience, func() error {
 					got := kubectl(t, "get", "pod", "-n", meshed, pod, "-o", `jsonpath={.status.containerStatuses[0].restartCount} {.status.containerStatuses[0].ready}`)
 					if got != "0 true" {
 						t.Fatalf("restarts and readiness are %q, want 0 true", got)
@@ -300,18 +300,21 @@ func TestProbesUnderNetworkPolicy(t *testing.T) {
 					fmt.Sprintf("add rule inet weft_policy output ip daddr %v ip saddr != { %s } drop", v4, strings.Join(own4, ", ")), fmt.Sprintf("add rule inet weft_policy output ip6 daddr %v ip6 saddr != { %s } drop", v6, strings.Join(own6, ", ")))
 			}
 			url := "http://" + netip.AddrPortFrom(first, 8080).String() + "/"
-			if got := try(t, meshed, "client", "get", url); !got.OK {
-				t.Fatalf("before the policy: got %+v, want an answer", got)
-			}
+			eventually(t, patience, func() error { // the client's node learns of the pod
+				if got := try(t, meshed, "client", "get", url); !got.OK {
+					return fmt.Errorf("before the policy: got %+v, want an answer", got)
+				}
+				return nil
+			})
 			nft(t, node, rules...)
 			start := time.Now()
-			eventually(t, 15*time.Second, func() error { // what is pooled ends too
+			eventually(t, patience, func() error { // what is pooled ends too
 				if got := try(t, meshed, "far", "get", "-timeout", "1s", url); got.OK {
 					return fmt.Errorf("under the policy: got %+v, want no answer", got)
 				}
 				return nil
 			})
-			eventually(t, 20*time.Second, func() error {
+			eventually(t, patience, func() error {
 				for _, pod := range pods {
 					if got := kubectl(t, "get", "pod", "-n", meshed, pod, "-o", `jsonpath={.status.containerStatuses[0].restartCount} {.status.containerStatuses[0].ready}`); got != "0 true" {
 						t.Fatalf("%s: restarts and readiness are %q under the policy, want 0 true", pod, got)
@@ -328,7 +331,7 @@ func TestProbesUnderNetworkPolicy(t *testing.T) {
 				t.Errorf("the application was probed by %q, want an address of the node: %v", prober.Remote, own4)
 			}
 			nft(t, node, "insert rule inet weft_policy forward tcp dport 15008 accept")
-			eventually(t, 15*time.Second, func() error {
+			eventually(t, patience, func() error {
 				if got := try(t, meshed, "far", "get", "-timeout", "2s", url); !got.OK {
 					return fmt.Errorf("under a policy that allows tunnels: got %+v, want an answer", got)
 				}
@@ -365,15 +368,21 @@ func ownAddresses(t *testing.T, node string) (v4, v6 []string) {
 // A pod that is deleted goes on working, and is served, until its last process
 // ends: new connections to it, and its own.
 func TestTerminatingPodIsServed(t *testing.T) {
-	const pod, sleeps = "leaves", 10 * time.Second
+	const pod, sleeps = "leaves", 16 * time.Second
 	y := strings.Replace(podYAML(meshed, pod, "node2", fmt.Sprintf(`args: [server]
-    lifecycle: {preStop: {exec: {command: [/bin/testapp, sleep, %v]}}}`, sleeps)), "terminationGracePeriodSeconds: 1", "terminationGracePeriodSeconds: 30", 1)
+    lifecycle: {preStop: {exec: {command: [/bin/testapp, sleep, %v]}}}`, sleeps)), "terminationGracePeriodSeconds: 1", "terminationGracePeriodSeconds: 40", 1)
 	apply(t, y)
-	kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod/"+pod, "--timeout=60s")
+	kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod/"+pod, "--timeout=120s")
 	wantCaptured(t, meshed, pod, true)
 	apply(t, peerAuthentication("v1", "default", "STRICT"))
 	wantServed(t, outside, "client", "far", false)
 	v4, _ := addresses(t, meshed, pod)
+	eventually(t, patience, func() error { // the client's node learns of the pod
+		if got := try(t, meshed, "client", "get", "http://"+netip.AddrPortFrom(v4, 8080).String()+"/"); !got.OK {
+			return fmt.Errorf("before it leaves: got %+v, want an answer", got)
+		}
+		return nil
+	})
 	near6, _ := addresses(t, meshed, "near")
 	to := startLoad(t, meshed, "client", "-to", v4.String())
 	from := startLoad(t, meshed, pod, "-to", near6.String())
@@ -381,19 +390,20 @@ func TestTerminatingPodIsServed(t *testing.T) {
 	from.waitReady(t)
 	start := time.Now()
 	kubectl(t, "delete", "pod", "-n", meshed, pod, "--wait=false")
-	stays := time.NewTimer(sleeps / 2)
+	const goesOn = 5 * time.Second
+	stays := time.NewTimer(goesOn)
 	<-stays.C
 	phase := kubectl(t, "get", "pod", "-n", meshed, pod, "-o", "jsonpath={.metadata.deletionTimestamp}")
 	if phase == "" {
 		t.Error("the pod is not being deleted")
 	}
-	to.served(t, start.Add(sleeps/2), 1)
-	from.served(t, start.Add(sleeps/2), 1)
+	to.served(t, start.Add(goesOn), 1)
+	from.served(t, start.Add(goesOn), 1)
 	events := append(from.end(t), to.end(t)...)
 	if took := time.Since(start); took > sleeps {
 		t.Errorf("the loads ended after %v, when the pod was gone perhaps", took)
 	}
 	score.Record(t, account(t, "lifecycle.terminating", events)...)
-	kubectl(t, "wait", "-n", meshed, "--for=delete", "pod/"+pod, "--timeout=60s")
+	kubectl(t, "wait", "-n", meshed, "--for=delete", "pod/"+pod, "--timeout=120s")
 	wantNoLeaks(t)
 }

@@ -46,9 +46,9 @@ func TestExamples(t *testing.T) {
 	kubectl(t, "apply", "-n", bookinfo, "-f", example(t, "bookinfo"), "-f", example(t, "subsets"))
 	apply(t, bookinfoYAML())
 	ready(t, bookinfo)
-	kubectl(t, "wait", "-n", bookinfo, "--for=condition=Programmed", "gateway/waypoint", "--timeout=60s")
+	kubectl(t, "wait", "-n", bookinfo, "--for=condition=Programmed", "gateway/waypoint", "--timeout=120s")
 	for url, server := range map[string]string{"http://reviews:9080": "reviews", "http://ratings:9080": "ratings", "http://my-svc": "my-svc"} {
-		eventually(t, 30*time.Second, func() error {
+		eventually(t, patience, func() error {
 			a := askIn(t, bookinfo, url+"/headers")[0]
 			if a.Status != 200 || a.Request.Get("X-Envoy-Attempt-Count") == "" {
 				return fmt.Errorf("%s is not behind the waypoint yet: %+v", server, a)

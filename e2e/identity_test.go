@@ -107,7 +107,7 @@ func TestForeignTrustDomainIsRefused(t *testing.T) {
 			defer raw.Close()
 			// The server's certificate is not what is tested here.
 			c := tls.Client(raw, &tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{leaf(t, r.spiffe)}, NextProtos: []string{"h2"}})
-			if err := c.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
+			if err := c.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
 				t.Fatal(err)
 			}
 			// In TLS 1.3 a client learns of a refusal with its first read.
@@ -147,7 +147,7 @@ func TestCARefusesIdentitiesOfOtherNodes(t *testing.T) {
 	client := security.NewIstioCertificateServiceClient(controlConn(t))
 	for _, r := range rows {
 		t.Run(r.name, func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 			defer cancel()
 			if r.token != "" {
 				ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+r.token)

@@ -114,7 +114,7 @@ func (l *load) collect(out io.Reader) {
 // waitReady waits until every load has succeeded once.
 func (l *load) waitReady(t *testing.T) {
 	t.Helper()
-	poll(t, 30*time.Second, func() error {
+	poll(t, patience, func() error {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		if !l.ready {
@@ -135,7 +135,7 @@ func last(events []event) event {
 // that began after a moment.
 func (l *load) served(t *testing.T, after time.Time, paths int) {
 	t.Helper()
-	poll(t, 60*time.Second, func() error {
+	poll(t, patience, func() error {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		seen := map[string]bool{}
@@ -154,7 +154,7 @@ func (l *load) served(t *testing.T, after time.Time, paths int) {
 // told waits until the verb "press" has told of the time up to a moment.
 func (l *load) told(t *testing.T, at time.Time) {
 	t.Helper()
-	poll(t, 30*time.Second, func() error {
+	poll(t, patience, func() error {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		for i := len(l.events) - 1; i >= 0; i-- {

@@ -68,7 +68,7 @@ os.rename(".new", sys.argv[1])
 END
 done`)
 	apply(t, podYAML(ns, "runaway", "node1", "args: [sleep]"))
-	kubectl(t, "wait", "-n", ns, "--for=condition=Ready", "pod/runaway", "--timeout=60s")
+	kubectl(t, "wait", "-n", ns, "--for=condition=Ready", "pod/runaway", "--timeout=120s")
 	if got := kubectl(t, "get", "pod", "-n", ns, "runaway", "-o", redirection); got != "" {
 		t.Fatalf("the pod did not escape: redirection %q", got)
 	}
@@ -76,7 +76,7 @@ done`)
 	start := time.Now()
 	wantCaptured(t, ns, "runaway", true)
 	t.Logf("captured %v after the agent could work again", time.Since(start).Round(10*time.Millisecond))
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, patience, func() error {
 		if got := kubectl(t, "get", "events", "-n", ns, "-o", "jsonpath={range .items[*]}{.reason} {.message}{end}"); !strings.Contains(got, "WeftRanUncaptured") || !strings.Contains(got, "restart the pod") {
 			return fmt.Errorf("events: %s", got)
 		}
@@ -85,7 +85,7 @@ done`)
 	if out := weftStatus(t); !strings.Contains(out, ns+"/runaway ran outside the mesh until it was found") {
 		t.Errorf("weft status:\n%s", out)
 	}
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, patience, func() error {
 		if got := onNode(t, "node1", "cat /etc/cni/net.d/*.conflist"); !strings.Contains(got, "weft-cni") {
 			return fmt.Errorf("the plugin was not put back: %s", got)
 		}
@@ -109,7 +109,7 @@ func TestStartupTaint(t *testing.T) {
 		t.Errorf("taken off while nothing has started: taints %s", got)
 	}
 	kill(t, "node2", "weft-node")
-	eventually(t, 30*time.Second, func() error {
+	eventually(t, patience, func() error {
 		if got := taints(); got != other {
 			return fmt.Errorf("taints %q, want %s", got, other)
 		}
@@ -131,7 +131,7 @@ func TestReleaseNode(t *testing.T) {
 	t.Log(out)
 	wantCaptured(t, ns, "stays", false)
 	apply(t, podYAML(ns, "starts", "node2", "args: [sleep]"))
-	kubectl(t, "wait", "-n", ns, "--for=condition=Ready", "pod/starts", "--timeout=60s")
+	kubectl(t, "wait", "-n", ns, "--for=condition=Ready", "pod/starts", "--timeout=120s")
 	if got := onNode(t, "node2", "ls /sys/fs/bpf/weft 2>/dev/null; cat /etc/cni/net.d/*.conflist"); strings.Contains(got, "weft-cni") || strings.Contains(got, "v1") {
 		t.Errorf("left on the node: %s", got)
 	}

@@ -58,7 +58,7 @@ func TestEveryWayToAddressAServer(t *testing.T) {
 // seen by the server's node.
 func wantLog(t *testing.T, from, to string) {
 	t.Helper()
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, patience, func() error {
 		log := kubectl(t, "logs", "-n", "weft-system", "-l", "app=ztunnel", "-c", "istio-proxy", "--tail=2000")
 		for line := range strings.Lines(log) {
 			if strings.Contains(line, `src.identity="`+from+`"`) && strings.Contains(line, `dst.identity="`+to+`"`) && strings.Contains(line, `direction="inbound"`) {

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"strings"
 	"testing"
-	"time"
 )
 
 // kill ends processes of a node at once, by name, with SIGKILL.
@@ -72,7 +71,7 @@ func freshProxies(t *testing.T) {
 // named ones, such as "node1 istio-proxy", were restarted so often.
 func wantProxies(t *testing.T, restarts int, names ...string) {
 	t.Helper()
-	eventually(t, 60*time.Second, func() error {
+	eventually(t, patience, func() error {
 		all, one := proxies(t)
 		if !one {
 			return fmt.Errorf("not one pod on each node: %v", all)

@@ -47,7 +47,7 @@ func TestSameNodeByNamespace(t *testing.T) {
 	} {
 		kubectl(t, "label", "namespace", ns, "--overwrite", step.label)
 		direct := step.name == "with it"
-		eventually(t, 15*time.Second, func() error {
+		eventually(t, patience, func() error {
 			tunnel, err := tunneled(server)
 			if err == nil && tunnel == direct {
 				err = fmt.Errorf("%s: through a tunnel: %v", step.name, tunnel)

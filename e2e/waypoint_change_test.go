@@ -59,8 +59,8 @@ func replaced(t *testing.T, deployment, selector string, n int) {
 
 func settled(t *testing.T, deployment, selector string, n int) {
 	t.Helper()
-	kubectl(t, "rollout", "status", "-n", behind, "deployment/"+deployment, "--timeout=60s")
-	poll(t, 60*time.Second, func() error {
+	kubectl(t, "rollout", "status", "-n", behind, "deployment/"+deployment, "--timeout=120s")
+	poll(t, patience, func() error {
 		if pods := podsOf(t, selector); len(pods) != n {
 			return fmt.Errorf("%s has %d pods, want %d", deployment, len(pods), n)
 		}
@@ -345,7 +345,7 @@ func (k toggle) change(t *testing.T) (took []time.Duration) {
 		written := time.Now()
 		writes = append(writes, written.Sub(sent))
 		var last time.Time
-		poll(t, 10*time.Second, func() error {
+		poll(t, patience, func() error {
 			for _, l := range k.loads {
 				seen, at := l.seen(sent, func(text string) bool { return k.sees(i, text) })
 				if seen < k.conns {

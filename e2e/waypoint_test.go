@@ -77,7 +77,7 @@ func gatewayAPI(t *testing.T) {
 		args = append(args, "-f", f)
 	}
 	kubectl(t, args...)
-	kubectl(t, "wait", "--for=condition=Established", "crd/gateways.gateway.networking.k8s.io", "--timeout=30s")
+	kubectl(t, "wait", "--for=condition=Established", "crd/gateways.gateway.networking.k8s.io", "--timeout=120s")
 }
 
 // An asked is what the verb "ask" says of one request.
@@ -101,7 +101,13 @@ func ask(t *testing.T, args ...string) []asked {
 // askIn makes requests from the client of a namespace.
 func askIn(t *testing.T, ns string, args ...string) []asked {
 	t.Helper()
-	out, err := world.c.Kubectl(t.Context(), append([]string{"exec", "-n", ns, "client", "--", "/bin/testapp", "ask"}, args...)...)
+	var out string
+	var err error
+	for range 3 { // as tryQuietly: what fails here is not a request
+		if out, err = world.c.Kubectl(t.Context(), append([]string{"exec", "-n", ns, "client", "--", "/bin/testapp", "ask"}, args...)...); err == nil {
+			break
+		}
+	}
 	if err != nil {
 		t.Fatalf("ask %v: %v", args, err)
 	}
@@ -148,7 +154,7 @@ func counted(t *testing.T, name string, events []event) score.Row {
 // applied waits until requests show what an object that was just applied does.
 func applied(t *testing.T, hold func() error) {
 	t.Helper()
-	eventually(t, 15*time.Second, hold)
+	eventually(t, patience, hold)
 }
 
 // virtualService is a VirtualService of web with one list of rules, in YAML.
@@ -171,12 +177,12 @@ func TestWaypoint(t *testing.T) {
 	gatewayAPI(t)
 	apply(t, behindYAML())
 	ready(t, behind)
-	kubectl(t, "rollout", "status", "-n", behind, "deployment/shop", "--timeout=90s")
+	kubectl(t, "rollout", "status", "-n", behind, "deployment/shop", "--timeout=120s")
 	for _, p := range []string{"client", "client2", "web-v1", "web-v2"} {
 		wantCaptured(t, behind, p, true)
 	}
 	v4, _ := clusterIPs(t, behind, "web")
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, patience, func() error {
 		if a := ask(t, web+"/")[0]; a.Status != 200 {
 			return fmt.Errorf("before: %+v", a)
 		}
@@ -227,7 +233,7 @@ func TestWaypoint(t *testing.T) {
 		}
 		return nil
 	})
-	kubectl(t, "wait", "-n", behind, "--for=delete", "pod", "-l", "gateway.networking.k8s.io/gateway-name=waypoint", "--timeout=60s")
+	kubectl(t, "wait", "-n", behind, "--for=delete", "pod", "-l", "gateway.networking.k8s.io/gateway-name=waypoint", "--timeout=120s")
 	back.served(t, time.Now(), 1)
 	rows = append(rows, counted(t, "waypoint.move.back", back.end(t)))
 }

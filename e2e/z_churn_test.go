@@ -282,11 +282,11 @@ func TestPodChurn(t *testing.T) {
 	apply(t, y)
 	c := &churn{pods: map[string]chan corev1.Pod{}, addresses: map[string]int{}}
 	for k, kind := range kinds {
-		kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod/"+kind, "--timeout=60s")
+		kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod/"+kind, "--timeout=120s")
 		wantCaptured(t, meshed, kind, true)
 		v4, _ := addresses(t, meshed, kind)
 		c.urls[k] = fmt.Sprintf("http://%v/", netip.AddrPortFrom(v4, 8080))
-		eventually(t, 15*time.Second, func() error { // the policy is there
+		eventually(t, patience, func() error { // the policy is there
 			if try(t, meshed, "client", "get", "-timeout", "2s", c.urls[k]).OK {
 				return fmt.Errorf("%s serves strangers", kind)
 			}
@@ -357,7 +357,7 @@ func (c *churn) leaks(t *testing.T, before map[string]held) int {
 	n := 0
 	for node, was := range before {
 		if !t.Run("nothing is left on "+node, func(t *testing.T) {
-			poll(t, 30*time.Second, func() error {
+			poll(t, patience, func() error {
 				now := holds(t, node)
 				if now.pins != was.pins || now.netns != was.netns {
 					return fmt.Errorf("%d pins and %d network namespaces, before %d and %d", now.pins, now.netns, was.pins, was.netns)

@@ -32,7 +32,7 @@ func TestAgentAndZtunnelAway(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	eventually(t, 60*time.Second, func() error {
+	eventually(t, patience, func() error {
 		if got := kubectl(t, "get", "pods", "-n", "weft-system", "-l", "app=ztunnel", "-o", "name"); got != "" {
 			return fmt.Errorf("still there: %s", got)
 		}
@@ -45,7 +45,7 @@ func TestAgentAndZtunnelAway(t *testing.T) {
 	in := startLoad(t, outside, "client", append(onlyRequests(), "-to", near.String())...)
 	out := startLoad(t, meshed, "client", append(onlyRequests(), "-to", far.String())...)
 	apply(t, podYAML(meshed, "waits", "node1", "args: [sleep]"))
-	eventually(t, 60*time.Second, func() error {
+	eventually(t, patience, func() error {
 		events := kubectl(t, "get", "events", "-n", meshed, "--field-selector", "involvedObject.name=waits", "-o", "jsonpath={range .items[*]}{.message}{\"\\n\"}{end}")
 		if !strings.Contains(events, "weft") {
 			return fmt.Errorf("no event that names weft: %q", events)
@@ -91,7 +91,7 @@ func firstLine(text, what string) string {
 // new ones.
 func TestControlAway(t *testing.T) {
 	kubectl(t, "scale", "deployment", "-n", "weft-system", "weft-control", "--replicas=0")
-	kubectl(t, "wait", "-n", "weft-system", "--for=delete", "pod", "-l", "app=weft-control", "--timeout=60s")
+	kubectl(t, "wait", "-n", "weft-system", "--for=delete", "pod", "-l", "app=weft-control", "--timeout=120s")
 	for _, server := range []string{"near", "far"} {
 		if got := try(t, meshed, "client", "get", "-n", "20", "http://"+server+"/"); !got.OK {
 			t.Errorf("got %+v, want an answer of %s while control is away", got, server)
@@ -140,7 +140,7 @@ func TestUninstallAndInstallAgain(t *testing.T) {
 		}
 	}
 	kubectl(t, "run", "-n", meshed, "fresh", "--image=weft.test/testapp:1", "--image-pull-policy=Never", "--restart=Never", "--", "sleep")
-	kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod/fresh", "--timeout=60s")
+	kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod/fresh", "--timeout=120s")
 	kubectl(t, "delete", "pod", "-n", meshed, "fresh", "--wait=false")
 	if out, err := world.a.Install(t.Context(), world.c); err != nil {
 		world.c.Dump(t.Context(), os.Stderr)

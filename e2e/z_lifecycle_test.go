@@ -67,7 +67,7 @@ func captured(t *testing.T) (uids map[string][]string, counted map[string]int) {
 // captured.
 func wantNoLeaks(t *testing.T) {
 	t.Helper()
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, patience, func() error {
 		uids, counted := captured(t)
 		for node, living := range uids {
 			slices.Sort(living)
@@ -115,7 +115,7 @@ func TestPodsDeletedWhileTheyAreEnrolled(t *testing.T) {
 		// At once: the kubectl that comes second is a few tens of milliseconds
 		// behind, or ahead.
 		var both sync.WaitGroup
-		remove := []string{"delete", "pod", "-n", ns, "--all", "--timeout=60s"}
+		remove := []string{"delete", "pod", "-n", ns, "--all", "--timeout=120s"}
 		if round == 1 { // the object is gone before the sandbox is
 			remove = append(remove, "--force")
 		}
@@ -205,7 +205,7 @@ func TestCNIConfigurationIsRepaired(t *testing.T) {
 			} {
 				start := time.Now()
 				run(node, without, "sh", "-c", r.script)
-				eventually(t, 10*time.Second, func() error {
+				eventually(t, patience, func() error {
 					out, err := world.c.NodeCommand(t.Context(), node, "sh", "-c", "grep -c weft-cni "+conf+" && test -x "+plugin).CombinedOutput()
 					if err != nil {
 						return fmt.Errorf("%s: %v: %s", r.name, err, out)
@@ -217,6 +217,6 @@ func TestCNIConfigurationIsRepaired(t *testing.T) {
 		})
 	}
 	apply(t, podYAML(meshed, "after-repair", "node1", "args: [sleep]"))
-	kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod/after-repair", "--timeout=60s")
+	kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod/after-repair", "--timeout=120s")
 	wantCaptured(t, meshed, "after-repair", true)
 }

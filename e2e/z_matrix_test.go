@@ -284,7 +284,7 @@ func whole(t *testing.T, before map[string]int32, died []process) map[string]int
 		return n
 	}
 	var now map[string]int32
-	poll(t, 90*time.Second, func() (err error) {
+	poll(t, 2*time.Minute, func() (err error) {
 		if now, err = components(t.Context()); err != nil {
 			return err
 		}
@@ -469,7 +469,7 @@ func (c cell) join(t *testing.T) (joined func()) {
 	return func() {
 		made.Wait()
 		for _, name := range names {
-			kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod/"+name, "--timeout=60s")
+			kubectl(t, "wait", "-n", meshed, "--for=condition=Ready", "pod/"+name, "--timeout=120s")
 			wantCaptured(t, meshed, name, true)
 		}
 		if _, err := world.c.KubectlInput(t.Context(), y.String(), "delete", "--wait=false", "-f", "-"); err != nil {

@@ -26,12 +26,14 @@ type result struct {
 	Bytes  int64   `json:"bytes,omitempty"`
 	Echoes int     `json:"echoes,omitempty"`
 	MS     float64 `json:"ms"`
+	End    int64   `json:"end"` // nanoseconds since 1970
 	Error  string  `json:"error,omitempty"`
 }
 
 // say prints r, completed with how the try ended.
 func (r result) say(out io.Writer, start time.Time, err error) error {
-	r.MS = float64(time.Since(start).Microseconds()) / 1000
+	now := time.Now()
+	r.MS, r.End = float64(now.Sub(start).Microseconds())/1000, now.UnixNano()
 	r.OK = err == nil
 	if err != nil {
 		r.Error = err.Error()
