@@ -188,7 +188,7 @@ func TestWaypoint(t *testing.T) {
 		}
 		return nil
 	})
-	requests := []string{"-timeout", "15s", "-rate", "50", "-idle", "0", "-long", "0", "-bytes", "0", "-to", v4.String()}
+	requests := []string{"-timeout", "30s", "-rate", "50", "-idle", "0", "-long", "0", "-bytes", "0", "-to", v4.String()}
 
 	// What is connected directly goes on, whatever the server's pods refuse then.
 	moving := startLoad(t, behind, "client", append(requests, "-long", "2")...)

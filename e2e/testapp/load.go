@@ -55,7 +55,7 @@ func load(ctx context.Context, args []string, out io.Writer) error {
 	fs.IntVar(&l.long, "long", 3, "long-lived connections to each server")
 	fs.Int64Var(&l.bytes, "bytes", 4<<20, "bytes of one transfer, of which one follows the other; 0 for none")
 	fs.Int64Var(&l.pace, "pace", 4<<20, "bytes per second of a transfer")
-	fs.DurationVar(&l.timeout, "timeout", 20*time.Second, "for one exchange")
+	fs.DurationVar(&l.timeout, "timeout", time.Minute, "for one exchange")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
