@@ -505,7 +505,7 @@ func (c cell) judge(t *testing.T, at moment, events []event) []score.Row {
 	t.Helper()
 	var rows []score.Row
 	for _, name := range []string{"idle", "requests", "bulk", "long"} {
-		attempted, refused, broken, late, examples := 0, 0, 0, 0, ""
+		attempted, refused, broken, late, examples, lateExamples := 0, 0, 0, 0, "", ""
 		for _, e := range events {
 			if e.Load != name {
 				continue
@@ -519,11 +519,14 @@ func (c cell) judge(t *testing.T, at moment, events []event) []score.Row {
 			default:
 				broken++
 			}
-			if !e.Refused && e.Start > at.to.UnixNano() {
-				late++
-			}
+			example := fmt.Sprintf("\n  from %v to %v after the fault: %s", time.Unix(0, e.Start).Sub(at.from).Round(time.Millisecond), time.Unix(0, e.End).Sub(at.from).Round(time.Millisecond), e.Error)
 			if refused+broken <= 4 {
-				examples += fmt.Sprintf("\n  from %v to %v after the fault: %s", time.Unix(0, e.Start).Sub(at.from).Round(time.Millisecond), time.Unix(0, e.End).Sub(at.from).Round(time.Millisecond), e.Error)
+				examples += example
+			}
+			if !e.Refused && e.Start > at.to.UnixNano() {
+				if late++; late <= 4 {
+					lateExamples += example
+				}
 			}
 		}
 		row := score.Row{Name: fmt.Sprintf("fault.%s.%s.%s", c.component, c.fault, name), Attempted: score.N(attempted), Refused: score.N(refused), Broken: score.N(broken)}
@@ -539,7 +542,7 @@ func (c cell) judge(t *testing.T, at moment, events []event) []score.Row {
 		case broken > 0 && !breaks:
 			t.Errorf("%s: %d of %d broke, want none", name, broken, attempted)
 		case late > 0 && name == "requests":
-			t.Errorf("%s: %d of %d broke that began after the fault, want none", name, late, attempted)
+			t.Errorf("%s: %d of %d broke that began after the fault, which was over after %v, want none%s", name, late, attempted, at.to.Sub(at.from), lateExamples)
 		}
 	}
 	t.Logf("longest time without an answer: %v", longestGap(at.from, events).Round(time.Millisecond))
