@@ -296,7 +296,7 @@ func (p *Proxy) Take(version uint32, text []byte, ahead [][]byte, files []int) (
 	start := time.Now()
 	var part movedPart
 	err = pack.Read(text, part.pack)
-	got := pause{conns: len(part.flows), read: time.Since(start)}
+	got := pause{conns: len(part.flows), arrive: start.Sub(time.Unix(0, part.frozen)), read: time.Since(start)}
 	defer part.tunnel.Wipe()
 	if err != nil {
 		return nil, nil, err

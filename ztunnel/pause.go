@@ -37,12 +37,13 @@ func (gs *gifts) add(g gift) {
 
 // A pause is how long a part stood still that was taken over, from when its
 // former process stopped to carry it until this one began, and what of that was
-// spent here: on reading its state, on making it, and on letting it go.
+// spent until it was here, on reading its state, on making it, and on letting it
+// go.
 type pause struct {
-	conns               int
-	plain               bool // without a tunnel
-	whole               time.Duration
-	read, resume, begin time.Duration
+	conns                       int
+	plain                       bool // without a tunnel
+	whole                       time.Duration
+	arrive, read, resume, begin time.Duration
 }
 
 // maxPauses bounds how many are kept for the log.
@@ -91,7 +92,7 @@ func (t *taken) add(d pause) {
 
 // TookOver waits until all that was taken over goes on. It returns, for the log,
 // what that was since it was called last, and how long it stood still: the
-// longest pause and what of it was spent here, and for each of the first 256
+// longest pause and what it was spent on, and for each of the first 256
 // tunnels, and connections without one, the number of connections and the pause.
 func (p *Proxy) TookOver() []any {
 	p.pauses.begun.Wait()
@@ -108,7 +109,7 @@ func (p *Proxy) TookOver() []any {
 	}
 	return []any{
 		"tunnels", t.tunnels, "connections", t.conns, "without_tunnel", t.plain, "pauses", text.String(),
-		"slowest_read", t.longest.read, "slowest_resume", t.longest.resume, "slowest_go", t.longest.begin,
+		"slowest_arrive", t.longest.arrive, "slowest_read", t.longest.read, "slowest_resume", t.longest.resume, "slowest_go", t.longest.begin,
 		"longest_pause", t.longest.whole,
 	}
 }

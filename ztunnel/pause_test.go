@@ -13,12 +13,12 @@ import (
 func TestPausesInTheLog(t *testing.T) {
 	var p Proxy
 	p.pauses.begin()(pause{conns: 2, whole: 1500 * time.Microsecond, read: time.Microsecond})
-	p.pauses.begin()(pause{conns: 3, whole: 2 * time.Millisecond, read: 4 * time.Microsecond, resume: 5 * time.Microsecond, begin: 6 * time.Microsecond})
+	p.pauses.begin()(pause{conns: 3, whole: 2 * time.Millisecond, arrive: 3 * time.Microsecond, read: 4 * time.Microsecond, resume: 5 * time.Microsecond, begin: 6 * time.Microsecond})
 	p.pauses.begin()(pause{conns: 1, plain: true, whole: time.Millisecond})
 	var b bytes.Buffer
 	log := slog.New(slog.NewTextHandler(&b, nil))
 	log.Info("took over", p.TookOver()...)
-	want := "tunnels=2 connections=6 without_tunnel=1 pauses=2@1.5ms,3@2ms,1@1ms slowest_read=4µs slowest_resume=5µs slowest_go=6µs longest_pause=2ms"
+	want := "tunnels=2 connections=6 without_tunnel=1 pauses=2@1.5ms,3@2ms,1@1ms slowest_arrive=3µs slowest_read=4µs slowest_resume=5µs slowest_go=6µs longest_pause=2ms"
 	if !strings.Contains(b.String(), want) {
 		t.Errorf("the log says %s, want %s", b.String(), want)
 	}

@@ -91,11 +91,11 @@ func Take(ctx context.Context, cfg ClientConfig) (parts int, err error) {
 			}
 		case part:
 			went, err := takePart(p, cfg, version, m, &early)
-			if err != nil {
-				return parts, err
-			}
 			if went {
 				parts++
+			}
+			if err != nil {
+				return parts, err
 			}
 		default:
 			return parts, fmt.Errorf("the predecessor sends a message of kind %d", m.kind)
@@ -147,8 +147,17 @@ func (g *luggage) clear() {
 	*g = luggage{}
 }
 
-// takePart takes one part, if it can. An error ends the connection.
+// takePart takes one part, if it can. An error ends the connection, also after
+// the part went.
 func takePart(p *pipe, cfg ClientConfig, version uint32, m message, early *luggage) (went bool, err error) {
+	last := len(m.files) - 1
+	if last < 0 {
+		m.clear()
+		return false, errors.New("the predecessor sends a part without a claim")
+	}
+	c := claim{m.files[last]}
+	defer c.close()
+	m.files = m.files[:last]
 	goNow, letGo, err := cfg.Taker.Take(version, m.text, early.pieces, m.files)
 	m.clear()
 	if err == nil {
@@ -160,22 +169,12 @@ func takePart(p *pipe, cfg ClientConfig, version uint32, m message, early *lugga
 		cfg.Log.Warn("a connection cannot be taken over: it stays with the ztunnel that has it", "error", err)
 		return false, p.send(message{kind: declined, text: []byte(shorten(err.Error()))})
 	}
-	if err := p.send(message{kind: taken}); err != nil {
+	if !c.take() {
 		letGo()
-		return false, err
+		return false, errors.New("the predecessor has taken a part back: it did not want to wait for it longer")
 	}
-	answer, err := p.receive(time.Now().Add(2 * stepTimeout))
-	if err != nil {
-		letGo() // without go it is the predecessor's
-		return false, err
-	}
-	if answer.kind == goOn {
-		goNow()
-		return true, nil
-	}
-	answer.close()
-	letGo()
-	return false, fmt.Errorf("the predecessor sends a message of kind %d, want go", answer.kind)
+	goNow()
+	return true, p.send(message{kind: taken})
 }
 
 // shorten keeps a reason within a packet.

@@ -13,19 +13,19 @@
 //	successor → predecessor   ready, once it serves the same pods
 //	predecessor → successor   what is large in a part, ahead of it
 //	successor → predecessor   ready, when it has read an empty one of these
-//	predecessor → successor   a part: text and files, in pieces
+//	predecessor → successor   a part: text and files, in pieces, with a claim
 //	successor → predecessor   taken or declined
-//	predecessor → successor   go: the part is the successor's
 //	predecessor → successor   done, after the last part
 //
-// A part is the predecessor's until it has sent go, and the successor's from
-// then on: so at no time do both of them touch a connection. Whatever goes
-// wrong before go leaves the part where it was, and ends the socket's
-// connection, which tells the successor to let go of its copy.
+// A part is the predecessor's until the successor has taken its claim, and the
+// successor's from then on: so at no time do both of them touch a connection.
+// Whatever goes wrong before leaves the part where it was: the predecessor takes
+// the claim itself, and a successor that comes later lets go of its copy.
 //
 // A connection stands still while its part is on the way. So what does not
 // change any more until then is sent ahead, while the predecessor still carries
-// it.
+// it, and the successor goes on as soon as it has the part: on a busy node each
+// word more between the two costs as much as all their work.
 package handover
 
 import (
@@ -42,7 +42,7 @@ import (
 
 // Version is the version of the messages here. What is in the parts has
 // versions of its own.
-const Version = 2
+const Version = 3
 
 // Bounds of a message. Packets are as large as a socket takes at once by
 // default, and carry as many files as the kernel lets them (SCM_MAX_FD).
@@ -73,7 +73,6 @@ const (
 	part
 	taken
 	declined
-	goOn
 	done
 	ahead
 )
@@ -193,7 +192,7 @@ func (p *pipe) receivePiece(m *message) (more bool, err error) {
 		return false, fmt.Errorf("receive handover message: kind %d with files or pieces", k)
 	case int(binary.BigEndian.Uint16(p.in[2:])) != len(files):
 		return false, fmt.Errorf("receive handover message: %d files came of %d", len(files), binary.BigEndian.Uint16(p.in[2:]))
-	case len(m.text)+n-headerLen > MaxText || len(m.files) > MaxPartFiles:
+	case len(m.text)+n-headerLen > MaxText || len(m.files) > MaxPartFiles+1: // and the claim
 		return false, errors.New("receive handover message: it is too large")
 	case p.in[1] == 1 && n == headerLen && len(files) == 0:
 		return false, errors.New("receive handover message: an empty piece")

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -327,39 +328,87 @@ func TestNobody(t *testing.T) {
 	}
 }
 
-// TestPredecessorDiesBeforeGo shows that a successor keeps nothing without go.
-func TestPredecessorDiesBeforeGo(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "handover.sock")
-	l, err := listen(path)
-	if err != nil {
-		t.Fatal(err)
+// TestClaims shows whose a part is that a predecessor has sent: the successor's
+// unless it was taken back, also if the predecessor dies at once.
+func TestClaims(t *testing.T) {
+	for name, c := range map[string]struct {
+		claims     int
+		back       bool // it was taken back
+		went, kept int
+	}{
+		"taken":      {claims: 1, went: 1},
+		"taken back": {claims: 1, back: true, kept: 1},
+		"no claim":   {},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "handover.sock")
+			l, err := listen(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			k := &taker{}
+			end := taking(t, path, k, 1)
+			conn, err := l.AcceptUnix()
+			if err != nil {
+				t.Fatal(err)
+			}
+			p := newPipe(conn)
+			soon := func() time.Time { return time.Now().Add(30 * time.Second) }
+			if m, err := p.receive(soon()); err != nil || m.kind != hello {
+				t.Fatal(m, err)
+			}
+			_ = p.send(message{kind: welcome, text: pack.Write((&welcomeText{1}).pack)})
+			if m, err := p.receive(soon()); err != nil || m.kind != ready {
+				t.Fatal(m, err)
+			}
+			m := message{kind: part, text: []byte("x")}
+			for range c.claims {
+				one, err := newClaim()
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer one.close()
+				if c.back && !one.take() {
+					t.Fatal("a new claim is taken")
+				}
+				m.files = append(files(t, 2), one.fd)
+			}
+			if err := p.send(m); err != nil {
+				t.Fatal(err)
+			}
+			conn.Close()
+			if err := <-end; err == nil {
+				t.Error("the end of the predecessor is no error")
+			}
+			if went, kept := k.counts(); went != c.went || kept != c.kept {
+				t.Errorf("%d went, %d were kept", went, kept)
+			}
+		})
 	}
-	defer l.Close()
-	k := &taker{}
-	end := taking(t, path, k, 1)
-	c, err := l.AcceptUnix()
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := newPipe(c)
-	soon := func() time.Time { return time.Now().Add(5 * time.Second) }
-	if m, err := p.receive(soon()); err != nil || m.kind != hello {
-		t.Fatal(m, err)
-	}
-	_ = p.send(message{kind: welcome, text: pack.Write((&welcomeText{1}).pack)})
-	if m, err := p.receive(soon()); err != nil || m.kind != ready {
-		t.Fatal(m, err)
-	}
-	_ = p.send(message{kind: part, text: []byte("x"), files: files(t, 2)})
-	if m, err := p.receive(soon()); err != nil || m.kind != taken {
-		t.Fatal(m, err)
-	}
-	c.Close()
-	if err := <-end; err == nil {
-		t.Error("the end of the predecessor is no error")
-	}
-	if went, kept := k.counts(); went != 0 || kept != 1 {
-		t.Errorf("%d went, %d were kept", went, kept)
+}
+
+// TestClaimIsTakenOnce takes a claim from many sides.
+func TestClaimIsTakenOnce(t *testing.T) {
+	for range 100 {
+		c, err := newClaim()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var wg sync.WaitGroup
+		var took atomic.Int32
+		for range 4 {
+			wg.Go(func() {
+				if c.take() {
+					took.Add(1)
+				}
+			})
+		}
+		wg.Wait()
+		c.close()
+		if n := took.Load(); n != 1 {
+			t.Fatalf("%d have taken it", n)
+		}
 	}
 }
 
@@ -413,6 +462,7 @@ func TestBadSuccessorsBreakNothing(t *testing.T) {
 		"dies":          func(p *pipe) { p.c.Close() },
 		"wrong answer":  func(p *pipe) { _ = p.send(message{kind: ready}) },
 		"answers twice": func(p *pipe) { _ = p.send(message{kind: declined}); _ = p.send(message{kind: taken}) },
+		"lies":          func(p *pipe) { _ = p.send(message{kind: taken}) },
 	} {
 		t.Run("ready and "+name, func(t *testing.T) {
 			p := greeted(dial(t, path))
@@ -426,6 +476,39 @@ func TestBadSuccessorsBreakNothing(t *testing.T) {
 			}()
 			if err := h.Give([]byte("mine"), files(t, 1)); err == nil {
 				t.Error("the part is gone")
+			}
+			p.c.Close()
+			eventually(t, func() bool { h, _ := s.Heir(); return h == nil })
+		})
+	}
+	// Those that have gone on with a part have it, whatever becomes of them. They
+	// get no other.
+	for name, play := range map[string]func(*pipe){
+		"dies":         func(p *pipe) { p.c.Close() },
+		"wrong answer": func(p *pipe) { _ = p.send(message{kind: ready}) },
+		"lies":         func(p *pipe) { _ = p.send(message{kind: declined}) },
+	} {
+		t.Run("goes on and "+name, func(t *testing.T) {
+			p := greeted(dial(t, path))
+			_ = p.send(message{kind: ready})
+			h := heir(t, s)
+			go func() {
+				m, err := p.receive(time.Now().Add(30 * time.Second))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer m.close()
+				if !(claim{m.files[len(m.files)-1]}).take() {
+					t.Error("the claim was taken before")
+				}
+				play(p)
+			}()
+			if err := h.Give([]byte("theirs"), files(t, 1)); err != nil {
+				t.Errorf("the part is whose? %v", err)
+			}
+			if err := h.Give([]byte("next"), nil); err == nil {
+				t.Error("another part is gone")
 			}
 			p.c.Close()
 			eventually(t, func() bool { h, _ := s.Heir(); return h == nil })

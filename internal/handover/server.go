@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -234,8 +235,8 @@ func (h *Heir) end() {
 	})
 }
 
-// Give offers a part, and returns nil if it is the successor's from then on:
-// the caller must not touch it any more. After an error it is the caller's as
+// Give offers a part, and returns nil if it is the successor's from then on,
+// which may have gone already: the caller must not touch it any more. After an error it is the caller's as
 // before; ErrDeclined says that the next part may be taken. files stay the
 // caller's, who closes its own. text is the caller's to clear.
 func (h *Heir) Give(text []byte, files []int) error {
@@ -316,20 +317,27 @@ func (h *Heir) listens() error {
 }
 
 func (h *Heir) give(text []byte, files []int) error {
-	m, err := h.ask(message{kind: part, text: text, files: files})
+	c, err := newClaim()
 	if err != nil {
+		return fmt.Errorf("%w: %w", ErrDeclined, err)
+	}
+	defer c.close()
+	m, err := h.ask(message{kind: part, text: text, files: append(slices.Clip(files), c.fd)})
+	if !c.take() {
+		// The successor has gone on with it, whatever it says, or whether it
+		// still can say anything.
+		if err != nil || m.kind != taken {
+			h.end()
+		}
+		return nil
+	}
+	switch {
+	case err != nil:
 		return err
-	}
-	switch m.kind {
-	case taken:
-	case declined:
+	case m.kind == declined:
 		return fmt.Errorf("%w: %.200q", ErrDeclined, m.text)
-	default:
-		return fmt.Errorf("the successor answers with a message of kind %d", m.kind)
 	}
-	// One packet: it goes as a whole or not at all. The successor reads it, or
-	// is dead, and with it what it had taken.
-	return h.pipe.send(message{kind: goOn})
+	return fmt.Errorf("the successor answers with a message of kind %d, and has not taken the part", m.kind)
 }
 
 // ErrDeclined says that the successor did not want a part.
