@@ -34,6 +34,7 @@ func (t *tunnel) Answered(id uint32, status int, _ hbone.Header) {
 		return
 	}
 	t.opening--
+	c.opening.free() // nothing but c has it
 	c.opening = nil
 	c.flags |= connOpen
 	c.owner.Opened(&t.peer)

@@ -409,7 +409,7 @@ func (p *Pool) Resume(owner string, s TunnelState, files []int, places []Place) 
 	for i, c := range s.Conns {
 		if !c.Open {
 			places[i].Conn.opening = &opening{
-				pool: p, target: target, key: keyOf(target), authority: c.Authority, header: c.Header,
+				pool: p, target: target, authority: c.Authority, header: c.Header,
 				deadline: time.Now().Add(c.Patience),
 			}
 			a.t.opening++

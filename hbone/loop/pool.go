@@ -61,6 +61,8 @@ type Pool struct {
 	cancel context.CancelCauseFunc
 	wg     sync.WaitGroup // dials, tunnels, and connections that are tried again
 
+	openings sync.Pool // of *opening, all zero
+
 	mu      sync.Mutex
 	closed  bool
 	entries map[key]*entry
@@ -70,14 +72,15 @@ type Pool struct {
 type key struct {
 	owner   string
 	source  mesh.Identity
-	peers   string
+	peer    mesh.Identity // if there is only one, as there mostly is
+	peers   string        // if there are more
 	address netip.AddrPort
 }
 
 func keyOf(t hbone.Target) key {
 	k := key{owner: t.Owner, source: t.Source, address: t.Address}
 	if len(t.Peers) == 1 {
-		k.peers = t.Peers[0].String()
+		k.peer = t.Peers[0]
 		return k
 	}
 	peers := make([]string, len(t.Peers))
@@ -108,17 +111,24 @@ type dial struct {
 	cancel context.CancelCauseFunc
 }
 
-// opening is a connection that the peer has not answered.
+// opening is a connection that the peer has not answered. Its memory is used
+// again: it is several times what the connection has when it is idle.
 type opening struct {
 	pool      *Pool
 	target    hbone.Target
-	key       key
 	authority string
 	header    hbone.Header
 	deadline  time.Time
 	tries     int32
 	dials     int32  // that came to nothing because the peer was on its way out
 	sent      uint64 // where our HEADERS end in the tunnel's output
+}
+
+// free takes o back, which nobody has any more.
+func (o *opening) free() {
+	p := o.pool
+	*o = opening{}
+	p.openings.Put(o)
 }
 
 var (
@@ -173,10 +183,12 @@ func (e *Engine) NewPool(cfg PoolConfig) *Pool {
 // more. Nothing else is tried twice, least of all a handshake with a wrong peer.
 func (p *Pool) Connect(ctx context.Context, t hbone.Target, authority string, h hbone.Header, c *Conn, fd int, owner Owner) error {
 	c.owner, c.fd = owner, int32(fd)
-	c.opening = &opening{
-		pool: p, target: t, key: keyOf(t), authority: authority, header: h,
-		deadline: time.Now().Add(p.cfg.AnswerTimeout),
+	op, _ := p.openings.Get().(*opening)
+	if op == nil {
+		op = new(opening)
 	}
+	*op = opening{pool: p, target: t, authority: authority, header: h, deadline: time.Now().Add(p.cfg.AnswerTimeout)}
+	c.opening = op
 	if err := p.send(ctx, c); err != nil {
 		return fmt.Errorf("connect to %s through %v: %w", authority, t.Address, err)
 	}
@@ -186,6 +198,7 @@ func (p *Pool) Connect(ctx context.Context, t hbone.Target, authority string, h 
 // send gives c to a tunnel that has room.
 func (p *Pool) send(ctx context.Context, c *Conn) error {
 	op := c.opening
+	k := keyOf(op.target)
 	var made *tunnel // by the dial that was waited for last
 	for {
 		if cause := c.Cause(); cause != nil {
@@ -196,10 +209,10 @@ func (p *Pool) send(ctx context.Context, c *Conn) error {
 			p.mu.Unlock()
 			return errPoolClosed
 		}
-		e := p.entries[op.key]
+		e := p.entries[k]
 		if e == nil {
-			e = &entry{pool: p, key: op.key, target: op.target}
-			p.entries[op.key] = e
+			e = &entry{pool: p, key: k, target: op.target}
+			p.entries[k] = e
 		}
 		if t := e.withRoom(); t != nil {
 			if l := e.another(t); l != nil {
