@@ -25,7 +25,12 @@ type listener interface {
 // so that Go's poller need not hear of each.
 type door struct {
 	*os.File
-	raw syscall.RawConn
+	raw  syscall.RawConn
+	next func(fd uintptr) (done bool) // accepts into what follows; made once, as it is needed often
+
+	fd     int
+	from   syscall.Sockaddr // package unix would ask the kernel for the protocol, too
+	failed error
 }
 
 // openDoor opens a listening socket a second time. What it accepts inherits
@@ -38,6 +43,7 @@ func openDoor(f *os.File) (*door, error) {
 	// The poller takes only descriptors that do not block.
 	err = errors.Join(unix.SetNonblock(fd, true), unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1))
 	d := &door{File: os.NewFile(uintptr(fd), f.Name())}
+	d.next = d.tryAccept
 	if err == nil {
 		d.raw, err = d.SyscallConn()
 	}
@@ -51,35 +57,37 @@ func openDoor(f *os.File) (*door, error) {
 	return d, nil
 }
 
-// accept waits for the next connection.
-func (d *door) accept() (*arrival, error) {
-	a := &arrival{fd: -1}
-	var from syscall.Sockaddr // package unix would ask the kernel for the protocol, too
-	var failed error
-	err := d.raw.Read(func(fd uintptr) bool {
-		for {
-			a.fd, from, failed = syscall.Accept4(int(fd), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
-			// A connection that was aborted in the backlog is no failure.
-			if failed != syscall.EINTR && failed != syscall.ECONNABORTED {
-				return failed != syscall.EAGAIN
-			}
+// tryAccept accepts a connection, and reports false if there is none yet.
+func (d *door) tryAccept(fd uintptr) (done bool) {
+	for {
+		d.fd, d.from, d.failed = syscall.Accept4(int(fd), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+		// A connection that was aborted in the backlog is no failure.
+		if d.failed != syscall.EINTR && d.failed != syscall.ECONNABORTED {
+			return d.failed != syscall.EAGAIN
 		}
-	})
-	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return nil, err
-	case err != nil: // which the poller says in words of its own
-		return nil, fmt.Errorf("%w: %w", net.ErrClosed, err)
-	case failed != nil:
-		return nil, os.NewSyscallError("accept", failed)
 	}
+}
+
+// accept waits for the next connection, which it writes into a. There is one
+// caller at a time.
+func (d *door) accept(a *arrival) error {
+	*a = arrival{fd: -1}
+	switch err := d.raw.Read(d.next); {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return err
+	case err != nil: // which the poller says in words of its own
+		return fmt.Errorf("%w: %w", net.ErrClosed, err)
+	case d.failed != nil:
+		return os.NewSyscallError("accept", d.failed)
+	}
+	a.fd = d.fd
 	to, err := syscall.Getsockname(a.fd)
 	if err != nil {
 		a.refuse()
-		return nil, os.NewSyscallError("getsockname", err)
+		return os.NewSyscallError("getsockname", err)
 	}
-	a.src, a.dst = sockAddrPort(from), sockAddrPort(to)
-	return a, nil
+	a.src, a.dst = sockAddrPort(d.from), sockAddrPort(to)
+	return nil
 }
 
 // An arrival is a connection of the pod's processes as accept(2) gives it.

@@ -12,7 +12,8 @@ import (
 
 // forwarded is the Forwarded header of RFC 7239 for a client at src.
 func forwarded(src netip.AddrPort) string {
-	return `for="` + src.String() + `"`
+	b := append(make([]byte, 0, 64), `for="`...) // which is enough without a zone
+	return string(append(src.AppendTo(b), '"'))
 }
 
 // baggage says which workload opened a connection, for the telemetry of the

@@ -86,18 +86,17 @@ func (q *pod) beginTunnel(r *loop.Request) (rest func()) {
 	}
 	q.enter(f)
 	from := tunnelCaller{r}
-	rest = func() { q.goOn(f, func() (bool, error) { return q.decide(q.alive, f, from) }) }
 	if q.full() {
-		return rest
+		return q.decideLater(f, from)
 	}
 	f.admitted.Store(true)
 	if q.proxy.cfg.View.Load() != v { // the recheck may have passed f by
 		f.admitted.Store(false)
-		return rest
+		return q.decideLater(f, from)
 	}
 	fd, err := q.beginApp(facts.Source.Addr(), facts.Destination)
 	if err != nil {
-		return rest // which tries more than once
+		return q.decideLater(f, from) // which tries more than once
 	}
 	if netns.Connected(fd) {
 		r.Accept(&f.conn, fd, f)
@@ -109,6 +108,11 @@ func (q *pod) beginTunnel(r *loop.Request) (rest func()) {
 			return q.join(q.alive, f, from, app, err)
 		})
 	}
+}
+
+// decideLater returns what goes on where beginTunnel could not.
+func (q *pod) decideLater(f *flow, from caller) (rest func()) {
+	return func() { q.goOn(f, func() (bool, error) { return q.decide(q.alive, f, from) }) }
 }
 
 // serveTunnel decides on one CONNECT, and gives it to an event loop. Its target

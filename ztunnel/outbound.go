@@ -29,17 +29,16 @@ func addrPort(a net.Addr) netip.AddrPort {
 
 // beginOutbound serves one connection of the pod's processes if that needs no
 // wait: its target is in the mesh, and there is a tunnel to it. Otherwise it
-// returns what serves it.
+// returns what serves it, and has a then.
 func (q *pod) beginOutbound(a *arrival) (rest func()) {
 	info, v := q.info.Load(), q.proxy.cfg.View.Load()
-	later := func() { q.serveOutbound(a) }
 	if !v.Synced() || !slices.Contains(info.Addresses, a.src.Addr()) || q.loops(info, a.src.Addr(), a.dst.Addr()) != nil {
-		return later
+		return func() { q.serveOutbound(a) }
 	}
 	from, own := q.asClient(v, info)
 	plan := planOutbound(v, from, a.dst, rand.Uint64())
 	if plan.hop != toPeer || q.shortCut(plan) != nil {
-		return later
+		return func() { q.serveOutbound(a) }
 	}
 	f := q.outboundFlow(a, plan, own, nil)
 	q.enter(f)
@@ -47,6 +46,12 @@ func (q *pod) beginOutbound(a *arrival) (rest func()) {
 	if !q.full() && q.connect(q.proxy.atOnce, plan, f, a) == nil {
 		return nil
 	}
+	return q.waitForTunnel(plan, f, a)
+}
+
+// waitForTunnel returns what goes on where beginOutbound could not. It stands
+// alone so that a plan costs memory only here.
+func (q *pod) waitForTunnel(plan plan, f *flow, a *arrival) (rest func()) {
 	return func() {
 		defer a.refuse() // unless somebody else has it
 		q.goOn(f, func() (bool, error) {
@@ -265,7 +270,7 @@ func (q *pod) connect(ctx context.Context, plan plan, f *flow, a *arrival) error
 		Owner: q.owner, Source: q.id, Peers: plan.peers, Address: plan.dial,
 	}, plan.authority.String(), hbone.Header{
 		Forwarded:   forwarded(f.src.addrPort()),
-		Baggage:     baggage(f.source, q.proxy.cfg.Cluster),
+		Baggage:     q.baggageOf(f.source),
 		Traceparent: traceparent(),
 	}, &f.conn, a.fd, f)
 	if err != nil {

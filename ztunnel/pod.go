@@ -48,6 +48,25 @@ type pod struct {
 	open       atomic.Int64 // flows
 	complained atomic.Int64 // when the log last said that there are too many
 	clients    plainClients
+	baggage    atomic.Pointer[podBaggage] // that was said last
+}
+
+// podBaggage is what baggage returns for a workload, which is the same for
+// connection after connection.
+type podBaggage struct {
+	of   *mesh.Workload
+	text string
+}
+
+// baggageOf returns the baggage of a connection of the pod, which is w in the
+// View of now.
+func (q *pod) baggageOf(w *mesh.Workload) string {
+	b := q.baggage.Load()
+	if b == nil || b.of != w { // what a View holds does not change
+		b = &podBaggage{of: w, text: baggage(w, q.proxy.cfg.Cluster)}
+		q.baggage.Store(b)
+	}
+	return b.text
 }
 
 // newPod takes over f, unless it fails.
@@ -139,14 +158,15 @@ func (q *pod) start() {
 // nextOutbound returns what accepts one connection of the pod's processes and
 // serves it: at once if that needs no wait, else in a goroutine.
 func (q *pod) nextOutbound(d *door) func() error {
+	a := new(arrival)
 	return func() error {
-		a, err := d.accept()
-		if err != nil {
+		if err := d.accept(a); err != nil {
 			return err
 		}
 		q.proxy.arriving.Add(1)
 		if rest := q.beginOutbound(a); rest != nil {
 			q.conns.Go(rest)
+			a = new(arrival) // rest has the other
 		}
 		return nil
 	}

@@ -31,16 +31,23 @@ func labelNames() []string {
 	}
 }
 
-// labels are comparable, so that the metrics of a tuple are looked up once.
 type labels [23]string
 
 const (
-	flagLabel = 21 // the place of response_flags
-	unknown   = "unknown"
+	sourceLabel      = 5  // the place of source_principal
+	destinationLabel = 16 // and of destination_principal
+	flagLabel        = 21 // and of response_flags
+	unknown          = "unknown"
 )
 
-// labelsOf returns the labels of f, without a response flag.
-func labelsOf(f *flow) labels {
+// A tuple stands for labels: it is comparable, and costs no memory to make.
+type tuple struct {
+	labels              // without the principals, and with nothing for what is not known
+	source, destination mesh.Identity
+}
+
+// tupleOf returns what stands for the labels of f.
+func tupleOf(f *flow) tuple {
 	l := labels{0: "source", 20: "tcp", flagLabel: flagNone, 22: unknown}
 	if f.direction == inbound {
 		l[0] = "destination"
@@ -48,7 +55,8 @@ func labelsOf(f *flow) labels {
 	if f.mutualTLS {
 		l[22] = "mutual_tls"
 	}
-	workloadLabels(l[1:9], f.source, proved(f.sourceID))
+	source := proved(f.sourceID)
+	workloadLabels(l[1:9], f.source, source)
 	if s := f.service; s != nil {
 		l[9], l[10], l[11] = string(s.Name.Host), s.Name.Namespace, s.ShortName
 	}
@@ -57,6 +65,13 @@ func labelsOf(f *flow) labels {
 		destination = f.destination.Identity
 	}
 	workloadLabels(l[12:20], f.destination, destination)
+	return tuple{l, source, destination}
+}
+
+// text returns the labels that t stands for.
+func (t tuple) text() labels {
+	l := t.labels
+	l[sourceLabel], l[destinationLabel] = t.source.String(), t.destination.String()
 	for i := range l {
 		if l[i] == "" {
 			l[i] = unknown
@@ -65,9 +80,8 @@ func labelsOf(f *flow) labels {
 	return l
 }
 
-// workloadLabels fills the eight labels of one end.
+// workloadLabels fills the eight labels of one end, but for the principal.
 func workloadLabels(l []string, w *mesh.Workload, id mesh.Identity) {
-	l[4] = id.String()
 	if w == nil {
 		l[3] = id.Namespace
 		return
@@ -98,7 +112,7 @@ type telemetry struct {
 	names *names
 
 	mu    sync.Mutex
-	cache map[labels]*counters
+	cache map[tuple]*counters
 }
 
 func newTelemetry(reg prometheus.Registerer, log *accessLog) *telemetry {
@@ -118,7 +132,7 @@ func newTelemetry(reg prometheus.Registerer, log *accessLog) *telemetry {
 		pods:     newPodCount(),
 		log:      log,
 		names:    newNames(reg),
-		cache:    make(map[labels]*counters),
+		cache:    make(map[tuple]*counters),
 	}
 	if reg != nil {
 		reg.MustRegister(t.opened, t.closed, t.failed, t.sent, t.received, t.open, t.pods.serving, t.pods.started, t.pods.stopped)
@@ -134,10 +148,11 @@ func (t *telemetry) begin(f *flow) {
 
 // resume is begin for a flow that another process has counted as opened.
 func (t *telemetry) resume(f *flow) {
-	l := labelsOf(f)
+	k := tupleOf(f)
 	t.mu.Lock()
-	c := t.cache[l]
+	c := t.cache[k]
 	if c == nil {
+		l := k.text()
 		c = &counters{
 			labels:   l,
 			opened:   t.opened.WithLabelValues(l[:]...),
@@ -146,7 +161,7 @@ func (t *telemetry) resume(f *flow) {
 			closed:   t.closed.WithLabelValues(l[:]...), // l has no flag
 			open:     t.open.WithLabelValues(l[:]...),
 		}
-		t.cache[l] = c
+		t.cache[k] = c
 	}
 	t.mu.Unlock()
 	f.counters = c

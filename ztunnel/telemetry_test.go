@@ -73,7 +73,7 @@ func TestLabels(t *testing.T) {
 	server := workload("server", "10.0.0.4")
 	s := service("server", "10.96.0.1")
 	got := map[string]string{}
-	l := labelsOf(&flow{direction: inbound, source: &client, sourceID: &client.Identity, destination: &server, service: &s, mutualTLS: true})
+	l := tupleOf(&flow{direction: inbound, source: &client, sourceID: &client.Identity, destination: &server, service: &s, mutualTLS: true}).text()
 	for i, n := range labelNames() {
 		got[n] = l[i]
 	}
