@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -77,15 +78,10 @@ func get(url string) (int, string, error) {
 	return r.StatusCode, string(b), err
 }
 
-// freePort returns an address that nobody listens on.
-func freePort(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
+// freeAddr returns an address that nobody listens on, nor will: its port is none
+// that the kernel chooses for others.
+func freeAddr() string {
+	return fmt.Sprintf("127.%d.%d.%d:15020", 128+rand.IntN(127), rand.IntN(256), 1+rand.IntN(254))
 }
 
 // With nobody to talk to, the process lives, says why it is not ready, and
@@ -96,9 +92,9 @@ func TestServeAlone(t *testing.T) {
 	if err := os.WriteFile(rootsPath, testca.New(t, "cluster.local").PEM(), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	admin, stats, health := freePort(t), freePort(t), freePort(t)
+	admin, stats, health := freeAddr(), freeAddr(), freeAddr()
 	c, err := parseConfig([]string{
-		"--control-address=" + freePort(t), "--control-name=x", "--roots=" + rootsPath, "--token=" + dir + "/token", "--handoff=" + dir + "/handoff.sock",
+		"--control-address=" + freeAddr(), "--control-name=x", "--roots=" + rootsPath, "--token=" + dir + "/token", "--handoff=" + dir + "/handoff.sock", "--handover=" + dir + "/handover.sock",
 		"--admin=" + admin, "--stats=" + stats, "--ready=" + health,
 	}, environment)
 	if err != nil {
@@ -159,13 +155,16 @@ func TestServeAlone(t *testing.T) {
 // A port may be the other ztunnel's of the pair for a while: it is waited for,
 // and the log says which.
 func TestServeWaitsForAPortThatIsTaken(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	addr := freeAddr()
+	l, err := net.Listen("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	addr := l.Addr().String()
-	c, err := parseConfig([]string{"--ready=" + addr, "--stats=" + freePort(t), "--admin=" + freePort(t), "--roots=/nonexistent", "--control-address=" + freePort(t)}, environment)
+	c, err := parseConfig([]string{
+		"--ready=" + addr, "--stats=" + freeAddr(), "--admin=" + freeAddr(), "--roots=/nonexistent", "--control-address=" + freeAddr(),
+		"--handover=" + filepath.Join(t.TempDir(), "handover.sock"),
+	}, environment)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -220,7 +219,7 @@ func alive(t *testing.T, addr string, want bool) {
 
 // Of two ztunnels of a pod the active one has the ports.
 func TestPortsGoToTheActiveOne(t *testing.T) {
-	addr := freePort(t)
+	addr := freeAddr()
 	start := func(standby bool) (t2 *turnstile, synced chan struct{}, stop func()) {
 		synced = make(chan struct{})
 		t2 = &turnstile{standby: standby, synced: synced, activated: make(chan struct{}), log: discard()}
@@ -266,7 +265,7 @@ func TestPortsGoToTheActiveOne(t *testing.T) {
 
 // One that is not to be active gives the ports back.
 func TestPortsAreGivenBack(t *testing.T) {
-	addr, synced := freePort(t), make(chan struct{})
+	addr, synced := freeAddr(), make(chan struct{})
 	s := &turnstile{synced: synced, activated: make(chan struct{}), log: discard()}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)

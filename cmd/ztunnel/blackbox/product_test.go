@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
@@ -118,14 +119,10 @@ func program(t *testing.T) string {
 	return path
 }
 
-func freePort(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
+// freeAddr returns an address that nobody listens on, nor will: its port is none
+// that the kernel chooses for others.
+func freeAddr() string {
+	return fmt.Sprintf("127.%d.%d.%d:15020", 128+rand.IntN(127), rand.IntN(256), 1+rand.IntN(254))
 }
 
 // newProduct starts a ztunnel for a node, and waits until it has connected to
@@ -144,7 +141,7 @@ func newProduct(t *testing.T, path string, node *testnet.Node, c *control, bpffs
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &product{admin: freePort(t), stats: freePort(t)}
+	p := &product{admin: freeAddr(), stats: freeAddr()}
 	p.agent = handoff.NewServer(handoff.ServerConfig{Path: filepath.Join(dir, "handoff.sock"), Log: slog.New(slog.DiscardHandler)})
 	ctx, stop := context.WithCancel(context.Background())
 	done := make(chan error, 1)
@@ -155,8 +152,8 @@ func newProduct(t *testing.T, path string, node *testnet.Node, c *control, bpffs
 	})
 	p.Process, err = bench.Exec(path, []string{
 		"--control-address=" + c.address, "--control-name=control.bench", "--roots=" + write("roots", c.ca.PEM()), "--token=" + write("token", []byte("token")),
-		"--handoff=" + filepath.Join(dir, "handoff.sock"), "--pod-name=ztunnel-" + node.Name, "--pod-namespace=weft-system", "--pod-ip=127.0.0.1", "--node-name=" + node.Name,
-		"--admin=" + p.admin, "--stats=" + p.stats, "--ready=" + freePort(t),
+		"--handoff=" + filepath.Join(dir, "handoff.sock"), "--handover=" + filepath.Join(dir, "handover.sock"), "--pod-name=ztunnel-" + node.Name, "--pod-namespace=weft-system", "--pod-ip=127.0.0.1", "--node-name=" + node.Name,
+		"--admin=" + p.admin, "--stats=" + p.stats, "--ready=" + freeAddr(),
 	}, nil, log)
 	if err != nil {
 		t.Fatal(err)
