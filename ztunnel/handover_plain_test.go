@@ -83,7 +83,7 @@ func TestHandoverOfPlainConnections(t *testing.T) {
 	}
 	// What is decided anew is decided of these as well.
 	w.setPolicies(allowOnly("a", "nobody"))
-	closed(t, idle[1], 5*time.Second)
+	closed(t, idle[1])
 	if err := roundTrip(idle[0], "nobody's policy"); err != nil {
 		t.Errorf("what leaves the mesh: %v", err)
 	}
@@ -235,7 +235,7 @@ func TestHandoverBetweenPodsOfANode(t *testing.T) {
 		t.Errorf("the idle connection: %v", err)
 	}
 	w.setPolicies(denyFrom("d", "client"))
-	closed(t, doomed, 5*time.Second)
+	closed(t, doomed)
 	line.node.logged(`error="closed: no longer allowed: denied by policy shop/d"`)
 }
 

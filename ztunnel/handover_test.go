@@ -184,7 +184,7 @@ func TestHandoverKeepsConnections(t *testing.T) {
 	}
 	// What is decided anew is decided of these as well.
 	p.setPolicies(denyFrom("d", "client"))
-	closed(t, doomed, 2*time.Second)
+	closed(t, doomed)
 	servers.node.logged(`error="closed: no longer allowed: denied by policy shop/d"`)
 }
 

@@ -56,12 +56,24 @@ func newWorld(t *testing.T) *world {
 	return &world{t: t, ca: ca, roots: roots, view: new(view.Store)}
 }
 
+// ownNetwork returns the x of 127.x.0.0/16, where this process has its pods, and
+// what keeps others that run the same tests out of it until the process ends.
+var ownNetwork = sync.OnceValues(func() (byte, net.Listener) {
+	for x := byte(77); x < 255; x++ {
+		if l, err := net.Listen("tcp4", fmt.Sprintf("127.%d.0.0:15008", x)); err == nil {
+			return x, l
+		}
+	}
+	panic("no network 127.x.0.0/16 is free for the pods of these tests")
+})
+
 // nextAddr gives every pod of the test binary an address of its own.
 var nextAddr atomic.Uint32
 
 func freshAddr() netip.Addr {
 	n := nextAddr.Add(1)
-	return netip.AddrFrom4([4]byte{127, 77, byte(n >> 8), byte(n)})
+	x, _ := ownNetwork()
+	return netip.AddrFrom4([4]byte{127, x, byte(n >> 8), byte(n)})
 }
 
 // change edits the state of the mesh and publishes it.
