@@ -109,7 +109,7 @@ func (w *world) config(address string) Config {
 	roots.AddCert(w.ca.Certificate())
 	return Config{
 		Address: address, Certificate: &c, Roots: roots, Peer: cart.String(),
-		Target: w.app, Closed: w.closed, Timeout: 10 * time.Second,
+		Target: w.app, Closed: w.closed, Timeout: time.Minute,
 	}
 }
 

@@ -25,7 +25,7 @@ func TestConformance(t *testing.T) {
 	at := netip.AddrPortFrom(s.server.V4, 15008)
 	rs, err := conformance.Run(t.Context(), conformance.Config{
 		Address: at.String(), Certificate: &cert, Roots: roots, Peer: identityOf("server").String(),
-		Target: s.apps[0].String(), Closed: netip.AddrPortFrom(s.server.V4, 9).String(), Timeout: 10 * time.Second,
+		Target: s.apps[0].String(), Closed: netip.AddrPortFrom(s.server.V4, 9).String(), Timeout: time.Minute,
 		Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return s.bareClient.NS.Dial(ctx, "tcp", netip.AddrPort{}, at, nil)
 		},
