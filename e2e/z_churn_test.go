@@ -293,6 +293,7 @@ func TestPodChurn(t *testing.T) {
 			return nil
 		})
 	}
+	noneIsGoing(t)
 	wantNoLeaks(t)
 	restarted := whole(t, nil, nil)
 	before := map[string]held{"node1": holds(t, "node1"), "node2": holds(t, "node2")}
@@ -347,6 +348,24 @@ func TestPodChurn(t *testing.T) {
 	all := int(begun.Load())
 	score.Record(t, score.Row{Name: "churn.pods", Attempted: score.N(c.done), Broken: score.N(len(c.wrong) + all - c.done)},
 		score.Row{Name: "churn.leaks", Attempted: score.N(all), Broken: score.N(leaks)})
+}
+
+// noneIsGoing waits until no pod is being deleted: those of the test before may
+// still be there, and what they hold is not what stays.
+func noneIsGoing(t *testing.T) {
+	t.Helper()
+	poll(t, patience, func() error {
+		pods, err := world.kube.CoreV1().Pods("").List(t.Context(), metav1.ListOptions{})
+		if err != nil {
+			return err
+		}
+		for _, p := range pods.Items {
+			if p.DeletionTimestamp != nil {
+				return fmt.Errorf("%s/%s is still being deleted", p.Namespace, p.Name)
+			}
+		}
+		return nil
+	})
 }
 
 // leaks returns how many things of pods that are gone are still held, after

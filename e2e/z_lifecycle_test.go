@@ -99,7 +99,7 @@ func agentErrors(t *testing.T, since time.Time) []string {
 // and nobody complains.
 func TestPodsDeletedWhileTheyAreEnrolled(t *testing.T) {
 	const ns, rounds, pods = "fleeting", 3, 4
-	restarts, _ := proxies(t)
+	restarts := whole(t, nil, nil)
 	apply(t, namespaceYAML(ns, ""))
 	start := time.Now()
 	for round := range rounds {
@@ -134,8 +134,8 @@ func TestPodsDeletedWhileTheyAreEnrolled(t *testing.T) {
 	if errs := agentErrors(t, start); len(errs) > 0 {
 		t.Errorf("the agents complain:\n%s", strings.Join(errs, ""))
 	}
-	if now, _ := proxies(t); !maps.Equal(now, restarts) {
-		t.Errorf("containers of the DaemonSet: %v, before %v", now, restarts)
+	if now := whole(t, nil, nil); !maps.Equal(now, restarts) {
+		t.Errorf("restarts of the containers of Weft: %v, before %v", now, restarts)
 	}
 }
 

@@ -481,7 +481,7 @@ func (c cell) join(t *testing.T) (joined func()) {
 }
 
 // restarts returns how often the containers of the applications were
-// restarted.
+// restarted, but for those of pods that are going.
 func restarts(t *testing.T) map[string]int32 {
 	t.Helper()
 	pods, err := world.kube.CoreV1().Pods(meshed).List(t.Context(), metav1.ListOptions{})
@@ -491,7 +491,7 @@ func restarts(t *testing.T) map[string]int32 {
 	all := map[string]int32{}
 	for _, p := range pods.Items {
 		for _, c := range p.Status.ContainerStatuses {
-			if p.Status.Phase == corev1.PodRunning && !strings.HasPrefix(p.Name, "made-") {
+			if p.Status.Phase == corev1.PodRunning && p.DeletionTimestamp == nil && !strings.HasPrefix(p.Name, "made-") {
 				all[p.Name] = c.RestartCount
 			}
 		}
