@@ -238,7 +238,7 @@ func TestFiltersInThePodStealNoConnection(t *testing.T) {
 		for _, to := range []netip.Addr{s.pod.V4, s.pod.V6} {
 			for range 3 {
 				before, dropped := f.got(), stat(t, p, "in_unknown_socket_drop")
-				ctx, cancel := context.WithTimeout(context.Background(), never)
+				ctx, cancel := context.WithTimeout(context.Background(), patience(guarded))
 				c, err := s.outside.NS.Dial(ctx, "tcp", netip.AddrPort{}, netip.AddrPortFrom(to, 8080), nil)
 				cancel()
 				if err == nil {

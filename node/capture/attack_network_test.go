@@ -244,11 +244,11 @@ func TestProxysConnectionsCannotBeTurned(t *testing.T) {
 		}
 		for _, dst := range []netip.Addr{s.outside.V4, s.outside.V6} {
 			before := len(victim.accepted())
-			ctx, cancel := context.WithTimeout(context.Background(), never)
+			ctx, cancel := context.WithTimeout(context.Background(), patience(layer != ""))
 			c, err := s.pod.NS.Dial(ctx, "tcp", netip.AddrPort{}, netip.AddrPortFrom(dst, 8080), nil)
 			if err == nil {
 				// The proxy has accepted; what it reaches says so.
-				c.SetDeadline(time.Now().Add(never))
+				c.SetDeadline(time.Now().Add(patience(layer != "")))
 				io.ReadFull(c, make([]byte, 1))
 				c.Close()
 			}
@@ -341,7 +341,7 @@ func TestPortsOfTheProxyCannotBeTaken(t *testing.T) {
 				whole(t, p)
 			}
 			for _, to := range []netip.Addr{s.pod.V4, s.pod.V6} {
-				ctx, cancel := context.WithTimeout(context.Background(), never)
+				ctx, cancel := context.WithTimeout(context.Background(), patience(guarded))
 				c, err := s.outside.NS.Dial(ctx, "tcp", netip.AddrPort{}, netip.AddrPortFrom(to, port), nil)
 				cancel()
 				if err == nil {

@@ -51,15 +51,11 @@ func TestNumbersOfNamespacesProveNothing(t *testing.T) {
 				to := netip.AddrPortFrom(way[1], 8080)
 				pretend(t, pretender, from, to)
 				blocked := true
-				wait := soon
-				if guarded {
-					wait = never
-				}
-				ctx, cancel := context.WithTimeout(context.Background(), wait)
+				ctx, cancel := context.WithTimeout(context.Background(), patience(guarded))
 				c, err := s.outside.NS.Dial(ctx, "tcp", from, to, nil)
 				cancel()
 				if err == nil {
-					c.SetDeadline(time.Now().Add(2 * never))
+					c.SetDeadline(time.Now().Add(2 * patience(guarded)))
 					_, err = io.ReadFull(c, make([]byte, 1))
 					blocked = err != nil
 					c.SetLinger(0)

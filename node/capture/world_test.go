@@ -20,12 +20,22 @@ import (
 	"github.com/weft-mesh/weft/internal/testnet"
 )
 
-// soon bounds what should happen at once, also on a busy machine. What should
-// never happen gets a hundred times what it takes when it does happen.
+// soon bounds what should happen at once, also on a machine that is busy with
+// something else for seconds. What should never happen gets a hundred times what
+// it takes when it does happen.
 const (
-	soon  = 5 * time.Second
+	soon  = 20 * time.Second
 	never = 300 * time.Millisecond
 )
+
+// patience is how long to wait for what an attack does: never, or, where nothing
+// is in its way and it must work, soon.
+func patience(guarded bool) time.Duration {
+	if guarded {
+		return never
+	}
+	return soon
+}
 
 // disableEnv is how a test runs others on another rung: t.Setenv.
 const disableEnv = "WEFT_TEST_DISABLE"
