@@ -311,10 +311,10 @@ func startApp(t *testing.T, addr string, serve func(*net.TCPConn)) netip.AddrPor
 	if err != nil {
 		t.Fatal(err)
 	}
-	var wg sync.WaitGroup
+	var accepting, serving sync.WaitGroup
 	var mu sync.Mutex
 	open := map[net.Conn]bool{}
-	wg.Go(func() {
+	accepting.Go(func() {
 		for {
 			c, err := l.Accept()
 			if err != nil {
@@ -323,7 +323,7 @@ func startApp(t *testing.T, addr string, serve func(*net.TCPConn)) netip.AddrPor
 			mu.Lock()
 			open[c] = true
 			mu.Unlock()
-			wg.Go(func() {
+			serving.Go(func() {
 				defer c.Close()
 				serve(c.(*net.TCPConn))
 			})
@@ -331,12 +331,13 @@ func startApp(t *testing.T, addr string, serve func(*net.TCPConn)) netip.AddrPor
 	})
 	t.Cleanup(func() {
 		l.Close()
+		accepting.Wait() // so that none is left out
 		mu.Lock()
 		for c := range open {
 			c.Close()
 		}
 		mu.Unlock()
-		wg.Wait()
+		serving.Wait()
 	})
 	return l.Addr().(*net.TCPAddr).AddrPort()
 }

@@ -148,7 +148,8 @@ type thief struct {
 	mu    sync.Mutex
 	bytes int
 	conns []net.Conn
-	work  sync.WaitGroup
+
+	accepting, reading sync.WaitGroup
 }
 
 func (f *thief) serve() {
@@ -161,7 +162,7 @@ func (f *thief) serve() {
 		f.mu.Lock()
 		f.conns = append(f.conns, c)
 		f.mu.Unlock()
-		f.work.Go(func() {
+		f.reading.Go(func() {
 			for b := make([]byte, 100); ; {
 				n, err := c.Read(b)
 				f.mu.Lock()
@@ -175,15 +176,16 @@ func (f *thief) serve() {
 	}
 }
 
-// end closes everything. The accepting goroutine must not outlive it.
+// end closes everything, also what is being accepted.
 func (f *thief) end() {
 	f.Close()
+	f.accepting.Wait()
 	f.mu.Lock()
 	for _, c := range f.conns {
 		c.Close()
 	}
 	f.mu.Unlock()
-	f.work.Wait()
+	f.reading.Wait()
 }
 
 func (f *thief) got() int {
@@ -210,7 +212,7 @@ func TestFiltersInThePodStealNoConnection(t *testing.T) {
 		t.Fatal(err)
 	}
 	f := &thief{Listener: l}
-	f.work.Go(f.serve)
+	f.accepting.Go(f.serve)
 	t.Cleanup(f.end)
 	raw, err := l.(*net.TCPListener).SyscallConn()
 	if err != nil {
