@@ -152,7 +152,8 @@ func (c *Chunks) parseTrailer() error {
 	h.Reset()
 	h.Lines = c.trailer
 	for i := 0; i < len(h.Lines)-2; { // then comes the empty line
-		next, f, err := line(h.Lines, i)
+		var f msg.Field
+		next, err := line(h.Lines, i, &f)
 		if err != nil {
 			return err
 		}

@@ -24,14 +24,16 @@ func (p *Parser) fields(h *msg.Head, i int) (framing, error) {
 	p.Close, p.Continue = false, false
 	b := h.Lines
 	for b[i] != '\r' {
-		next, field, err := line(b, i)
+		if p.Limits.Fields > 0 && len(h.Fields) >= p.Limits.Fields {
+			return f, errLarge
+		}
+		h.Fields = append(h.Fields, msg.Field{})
+		field := &h.Fields[len(h.Fields)-1]
+		next, err := line(b, i, field)
 		if err != nil {
 			return f, err
 		}
 		i = next
-		if p.Limits.Fields > 0 && len(h.Fields) >= p.Limits.Fields {
-			return f, errLarge
-		}
 		if field.ID != msg.Other {
 			v := b[field.Value:field.ValueEnd]
 			switch field.ID {
@@ -45,7 +47,7 @@ func (p *Parser) fields(h *msg.Head, i int) (framing, error) {
 				}
 				f.host = v
 			default:
-				err = f.take(&field, v)
+				err = f.take(field, v)
 			}
 			if err != nil {
 				return f, err
@@ -53,7 +55,6 @@ func (p *Parser) fields(h *msg.Head, i int) (framing, error) {
 		} else if lookalike(b[field.Line : field.Line+uint32(field.NameLen)]) {
 			return f, errLookalike
 		}
-		h.Fields = append(h.Fields, field)
 	}
 	if i+2 != len(b) {
 		return f, errField
@@ -70,36 +71,34 @@ func (p *Parser) fields(h *msg.Head, i int) (framing, error) {
 	return f, nil
 }
 
-// line reads one field line.
-func line(b []byte, i int) (next int, f msg.Field, err error) {
-	from := i
-	for msg.IsToken(b[i]) {
-		i++
+// line reads the field line at b[i:] into f, which is empty.
+func line(b []byte, i int, f *msg.Field) (next int, err error) {
+	n := bytes.IndexByte(b[i:], ':')
+	if n < 0 {
+		return 0, errField
 	}
-	// Not a colon: no name, space before the colon, a folded line, a CR, LF or
-	// NUL.
-	if i == from || b[i] != ':' || i-from > 1<<15 {
-		return 0, f, errField
+	name := b[i : i+n]
+	// Not a token: no name, space before the colon, a folded line, a CR, LF or
+	// NUL. What is known is one.
+	if f.ID = msg.Identify(name); f.ID == msg.Other && !msg.ValidName(name) {
+		return 0, errField
 	}
-	f.Line, f.NameLen = uint32(from), uint16(i-from)
-	i++
+	f.Line, f.NameLen = uint32(i), uint16(n)
+	i += n + 1
 	for b[i] == ' ' || b[i] == '\t' {
 		i++
 	}
 	f.Value = uint32(i)
-	for inValue[b[i]] {
-		i++
-	}
+	i += msg.ValueLen(b[i:])
 	if b[i] != '\r' || b[i+1] != '\n' {
-		return 0, f, errField
+		return 0, errField
 	}
 	end := i
 	for end > int(f.Value) && (b[end-1] == ' ' || b[end-1] == '\t') {
 		end--
 	}
 	f.ValueEnd, f.End = uint32(end), uint32(i+2)
-	f.ID = msg.Identify(b[from : from+int(f.NameLen)])
-	return i + 2, f, nil
+	return i + 2, nil
 }
 
 // take reads the fields of framing and takes out what is hop-by-hop.

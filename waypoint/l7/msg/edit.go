@@ -59,16 +59,40 @@ func Append[N, V text](h *Head, name N, value V) bool {
 	if !ValidName(name) || !ValidValue(value) {
 		return false
 	}
-	line := uint32(len(h.Added))
-	h.Added = append(h.Added, name...)
-	h.Added = append(h.Added, ": "...)
-	start := uint32(len(h.Added))
-	h.Added = append(h.Added, value...)
-	end := uint32(len(h.Added))
-	h.Added = append(h.Added, "\r\n"...)
-	h.Fields = append(h.Fields, Field{Line: line, NameLen: uint16(len(name)), Value: start, ValueEnd: end, End: end + 2,
-		ID: Identify(name), State: New})
+	add(h, Identify(name), name, value)
 	return true
+}
+
+// SetID is Set for a known field.
+func SetID[V text](h *Head, id ID, value V) bool {
+	if id == Other || !ValidValue(value) {
+		return false
+	}
+	h.RemoveID(id)
+	add(h, id, names[id], value)
+	return true
+}
+
+// AppendID is Append for a known field.
+func AppendID[V text](h *Head, id ID, value V) bool {
+	if id == Other || !ValidValue(value) {
+		return false
+	}
+	add(h, id, names[id], value)
+	return true
+}
+
+// add adds a field whose name and value are valid.
+func add[N, V text](h *Head, id ID, name N, value V) {
+	b := h.Added
+	line := uint32(len(b))
+	b = append(append(b, name...), ": "...)
+	start := uint32(len(b))
+	b = append(b, value...)
+	end := uint32(len(b))
+	h.Added = append(b, "\r\n"...)
+	h.Fields = append(h.Fields, Field{Line: line, NameLen: uint16(len(name)), Value: start, ValueEnd: end, End: end + 2,
+		ID: id, State: New})
 }
 
 // SetPath gives the request another path (with its query), which it copies.
@@ -83,24 +107,19 @@ func SetAuthority[V text](h *Head, authority V) {
 // AppendLines appends the live fields to dst, as lines that end with CRLF, and
 // returns it. The head's end is not written.
 func (h *Head) AppendLines(dst []byte) []byte {
-	var from, to uint32 // a run of lines that are kept
-	var fresh bool      // it is in Added
-	src := func() []byte {
-		if fresh {
-			return h.Added
-		}
-		return h.Lines
-	}
+	src := h.Lines      // or Added
+	var from, to uint32 // a run of lines of it
+	var state State     // of those
 	for i := range h.Fields {
 		f := &h.Fields[i]
 		if f.State == Removed {
 			continue
 		}
-		if f.Line != to || (f.State == New) != fresh {
-			dst = append(dst, src()[from:to]...)
-			from, fresh = f.Line, f.State == New
+		if f.Line != to || f.State != state {
+			dst = append(dst, src[from:to]...)
+			from, state, src = f.Line, f.State, h.text(f)
 		}
 		to = f.End
 	}
-	return append(dst, src()[from:to]...)
+	return append(dst, src[from:to]...)
 }

@@ -52,36 +52,35 @@ const (
 	XRequestID
 )
 
-// known are the names of the known fields, by length. It is read only.
-var known = byLength(map[string]ID{
-	"accept": Accept, "authorization": Authorization, "baggage": Baggage, "connection": Connection,
-	"content-length": ContentLength, "content-type": ContentType, "cookie": Cookie, "date": Date,
-	"expect": Expect, "forwarded": Forwarded, "grpc-message": GRPCMessage, "grpc-status": GRPCStatus,
-	"grpc-timeout": GRPCTimeout, "host": Host, "http2-settings": HTTP2Settings, "keep-alive": KeepAlive,
-	"location": Location, "origin": Origin, "proxy-authenticate": ProxyAuthenticate,
-	"proxy-authorization": ProxyAuthorization, "proxy-connection": ProxyConnection, "referer": Referer,
-	"server": Server, "set-cookie": SetCookie, "te": TE, "traceparent": Traceparent, "tracestate": Tracestate,
-	"trailer": Trailer, "transfer-encoding": TransferEncoding, "upgrade": Upgrade, "user-agent": UserAgent,
-	"via": Via, "x-envoy-attempt-count": XEnvoyAttemptCount, "x-envoy-original-path": XEnvoyOriginalPath,
-	"x-envoy-overloaded": XEnvoyOverloaded, "x-envoy-peer-metadata": XEnvoyPeerMetadata,
-	"x-envoy-peer-metadata-id":      XEnvoyPeerMetadataID,
-	"x-envoy-upstream-service-time": XEnvoyUpstreamServiceTime,
-	"x-forwarded-client-cert":       XForwardedClientCert,
-	"x-forwarded-for":               XForwardedFor,
-	"x-forwarded-host":              XForwardedHost,
-	"x-forwarded-port":              XForwardedPort,
-	"x-forwarded-proto":             XForwardedProto,
-	"x-request-id":                  XRequestID,
-})
-
-type knownName struct {
-	name string
-	id   ID
+// names are those of the known fields. It is read only.
+var names = [...]string{
+	Accept: "accept", Authorization: "authorization", Baggage: "baggage", Connection: "connection",
+	ContentLength: "content-length", ContentType: "content-type", Cookie: "cookie", Date: "date",
+	Expect: "expect", Forwarded: "forwarded", GRPCMessage: "grpc-message", GRPCStatus: "grpc-status",
+	GRPCTimeout: "grpc-timeout", Host: "host", HTTP2Settings: "http2-settings", KeepAlive: "keep-alive",
+	Location: "location", Origin: "origin", ProxyAuthenticate: "proxy-authenticate",
+	ProxyAuthorization: "proxy-authorization", ProxyConnection: "proxy-connection", Referer: "referer",
+	Server: "server", SetCookie: "set-cookie", TE: "te", Traceparent: "traceparent", Tracestate: "tracestate",
+	Trailer: "trailer", TransferEncoding: "transfer-encoding", Upgrade: "upgrade", UserAgent: "user-agent",
+	Via: "via", XEnvoyAttemptCount: "x-envoy-attempt-count", XEnvoyOriginalPath: "x-envoy-original-path",
+	XEnvoyOverloaded: "x-envoy-overloaded", XEnvoyPeerMetadata: "x-envoy-peer-metadata",
+	XEnvoyPeerMetadataID:      "x-envoy-peer-metadata-id",
+	XEnvoyUpstreamServiceTime: "x-envoy-upstream-service-time",
+	XForwardedClientCert:      "x-forwarded-client-cert",
+	XForwardedFor:             "x-forwarded-for",
+	XForwardedHost:            "x-forwarded-host",
+	XForwardedPort:            "x-forwarded-port",
+	XForwardedProto:           "x-forwarded-proto",
+	XRequestID:                "x-request-id",
 }
 
-func byLength(m map[string]ID) (table [32][]knownName) {
-	for name, id := range m {
-		table[len(name)] = append(table[len(name)], knownName{name, id})
+// known are the known fields by the lengths of their names. It is read only.
+var known = byLength()
+
+func byLength() (table [32][]ID) {
+	for id := Other + 1; int(id) < len(names); id++ {
+		n := len(names[id])
+		table[n] = append(table[n], id)
 	}
 	return table
 }
@@ -91,9 +90,9 @@ func Identify[T text](name T) ID {
 	if len(name) >= len(known) {
 		return Other
 	}
-	for _, k := range known[len(name)] {
-		if lower[name[0]] == k.name[0] && EqualFold(name, k.name) {
-			return k.id
+	for _, id := range known[len(name)] {
+		if want := names[id]; lower[name[0]] == want[0] && EqualFold(name, want) {
+			return id
 		}
 	}
 	return Other
@@ -105,8 +104,17 @@ func EqualFold[T text](b T, want string) bool {
 	if len(b) != len(want) {
 		return false
 	}
-	for i := range len(b) {
-		if lower[b[i]] != want[i] {
+	if len(want) < 8 {
+		for i := range len(want) {
+			if lower[b[i]] != want[i] {
+				return false
+			}
+		}
+		return true
+	}
+	for i := 0; i < len(want); i += 8 {
+		at := min(i, len(want)-8) // the last word begins within the one before
+		if lowerWord(word(b[at:])) != word(want[at:]) {
 			return false
 		}
 	}
@@ -138,13 +146,35 @@ func ValidName[T text](name T) bool {
 }
 
 // ValidValue reports whether value can be the value of a field.
-func ValidValue[T text](value T) bool {
-	for i := range len(value) {
-		if !IsValue(value[i]) {
-			return false
+func ValidValue[T text](value T) bool { return ValueLen(value) == len(value) }
+
+// ValueLen returns how many bytes s begins with that may be in the value of a
+// field.
+func ValueLen[T text](s T) int {
+	i := 0
+	for ; len(s)-i >= 8; i += 8 {
+		if w := controls(word(s[i:])); w != 0 {
+			i += place(w) // perhaps a tab
+			break
 		}
 	}
-	return true
+	for i < len(s) && IsValue(s[i]) {
+		i++
+	}
+	return i
+}
+
+// PlainLen returns how many bytes s begins with that are no control characters
+// and no quotes: eight at once, so it may stop a little early.
+func PlainLen[T text](s T) int {
+	i := 0
+	for len(s)-i >= 8 {
+		if w := word(s[i:]); controls(w)|equal(w, '"') != 0 {
+			break
+		}
+		i += 8
+	}
+	return i
 }
 
 // lower and token are tables, read only.
