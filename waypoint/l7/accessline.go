@@ -1,6 +1,7 @@
 package l7
 
 import (
+	"bytes"
 	"net/netip"
 	"strconv"
 	"sync/atomic"
@@ -82,9 +83,7 @@ func appendTextLine(b []byte, x *Exchange, s *stamp) []byte {
 	b = append(b, `" `...)
 	b = appendCluster(b, x, "-")
 	b = append(b, " - "...) // our end of the connection to the endpoint is one of a tunnel
-	b = appendAddress(b, x.Facts.Destination, "-")
-	b = append(b, ' ')
-	b = appendAddress(b, x.Facts.Source, "-")
+	b = append(b, x.known.ends...)
 	b = append(b, " - "...) // the server's name is that of a tunnel
 	b = appendWord(b, x.Matched.Name)
 	return append(b, '\n')
@@ -106,7 +105,7 @@ func appendText[T string | []byte](b []byte, s T) []byte {
 	}
 	from := 0
 	s = s[:min(len(s), maxLogged)]
-	for i := range len(s) {
+	for i := msg.PlainLen(s); i < len(s); i++ {
 		if c := s[i]; c < ' ' || c == 0x7f || c == '"' {
 			b = append(append(b, s[from:i]...), '\\', 'x', hexDigits[c>>4], hexDigits[c&15])
 			from = i + 1
@@ -122,10 +121,9 @@ func appendWord(b []byte, s string) []byte {
 	}
 	from := len(b)
 	b = appendText(b, s)
-	for i := from; i < len(b); i++ {
-		if b[i] == ' ' {
-			b[i] = '_'
-		}
+	for i := bytes.IndexByte(b[from:], ' '); i >= 0; i = bytes.IndexByte(b[from:], ' ') {
+		from += i
+		b[from] = '_'
 	}
 	return b
 }
@@ -139,15 +137,26 @@ func appendServiceTime(b []byte, x *Exchange, none string) []byte {
 }
 
 func appendUpstream(b []byte, x *Exchange, none string) []byte {
-	if x.Endpoint == nil {
+	if x.Endpoint == nil || x.Endpoint.logged == "" {
 		return append(b, none...)
 	}
-	a := x.Endpoint.Address
-	if w := x.Endpoint.Workload; w != nil && w.Host != "" && (!a.IsValid() || a.Addr().IsUnspecified()) {
+	return append(b, x.Endpoint.logged...)
+}
+
+// appendEndpoint appends where an endpoint is, and nothing if that is not known.
+func appendEndpoint(b []byte, w *mesh.Workload, a netip.AddrPort) []byte {
+	if w != nil && w.Host != "" && (!a.IsValid() || a.Addr().IsUnspecified()) {
 		b = append(append(b, w.Host...), ':')
 		return strconv.AppendUint(b, uint64(a.Port()), 10)
 	}
-	return appendAddress(b, a, none)
+	return appendAddress(b, a, "")
+}
+
+// appendEnds appends the addresses of a connection: whom the client asked for,
+// and its own.
+func appendEnds(b []byte, f *Facts) []byte {
+	b = appendAddress(b, f.Destination, "-")
+	return appendAddress(append(b, ' '), f.Source, "-")
 }
 
 func appendAddress(b []byte, a netip.AddrPort, none string) []byte {
@@ -160,21 +169,32 @@ func appendAddress(b []byte, a netip.AddrPort, none string) []byte {
 // appendCluster appends what tools know the backend by:
 // inbound-vip|port|http/subset|host.
 func appendCluster(b []byte, x *Exchange, none string) []byte {
-	s := x.BackendService
-	if s == nil {
+	switch {
+	case x.BackendService == nil:
 		return append(b, none...)
+	case x.cluster != nil && x.Version != NotHTTP:
+		return append(b, x.cluster.logged...)
 	}
+	k := clusterKey{service: x.BackendService.Name, port: x.BackendPort}
+	if x.Drawn != nil {
+		k.subset = x.Drawn.Spec.Subset
+	}
+	return appendKey(b, k, x.Version)
+}
+
+// appendKey appends the same for the endpoints of a service that are k's.
+func appendKey(b []byte, k clusterKey, v Version) []byte {
 	b = append(b, "inbound-vip|"...)
-	b = strconv.AppendUint(b, uint64(x.BackendPort), 10)
-	if x.Version == NotHTTP {
+	b = strconv.AppendUint(b, uint64(k.port), 10)
+	if v == NotHTTP {
 		b = append(b, "|tcp"...)
 	} else {
 		b = append(b, "|http"...)
 	}
-	if x.Drawn != nil && x.Drawn.Spec.Subset != "" {
-		b = append(append(b, '/'), x.Drawn.Spec.Subset...)
+	if k.subset != "" {
+		b = append(append(b, '/'), k.subset...)
 	}
-	return append(append(b, '|'), s.Name.Host...)
+	return append(append(b, '|'), k.service.Host...)
 }
 
 // appendJSONLine appends the same as one object of JSON, with the names that

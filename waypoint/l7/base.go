@@ -39,10 +39,10 @@ func forwarded(x *Exchange) {
 			b = append(append(b, was...), ", "...)
 			h.RemoveID(msg.XForwardedFor)
 		}
-		msg.Append(h, "x-forwarded-for", a.Unmap().AppendTo(b))
+		msg.AppendID(h, msg.XForwardedFor, a.Unmap().AppendTo(b))
 	}
 	if !h.Has(msg.XForwardedProto) {
-		msg.Append(h, "x-forwarded-proto", h.Scheme)
+		msg.AppendID(h, msg.XForwardedProto, h.Scheme)
 	}
 }
 

@@ -26,6 +26,7 @@ type clusterKey struct {
 type cluster struct {
 	e      *Engine
 	key    clusterKey
+	logged string // what lines of the log call it, for requests
 	group  *balance.Group
 	policy atomic.Pointer[mesh.TrafficPolicy] // never nil
 	line   line                               // of requests that wait for a connection
@@ -58,7 +59,7 @@ func (e *Engine) newCluster(k clusterKey) *cluster {
 	if c := old[k]; c != nil {
 		return c
 	}
-	c := &cluster{e: e, key: k, group: balance.NewGroup(e.cfg.Self, e.rand), direct: map[netip.AddrPort]*Endpoint{}}
+	c := &cluster{e: e, key: k, logged: string(appendKey(nil, k, HTTP11)), group: balance.NewGroup(e.cfg.Self, e.rand), direct: map[netip.AddrPort]*Endpoint{}}
 	c.policy.Store(&mesh.TrafficPolicy{})
 	c.endpoints.Store(&map[balance.Key]*Endpoint{})
 	next := maps.Clone(old)
@@ -107,7 +108,8 @@ func (c *cluster) refresh(v *view.View) {
 				l = ep.links
 			}
 			address, _ := balance.Address(b.Workload, netip.IPv4Unspecified())
-			ep = &Endpoint{Workload: b.Workload, Address: netip.AddrPortFrom(address, b.Port), balance: b, cluster: c, links: l}
+			ep = newEndpoint(b.Workload, netip.AddrPortFrom(address, b.Port))
+			ep.balance, ep.cluster, ep.links = b, c, l
 		}
 		next[k] = ep
 	}
@@ -159,7 +161,8 @@ func (c *cluster) passthrough(v *view.View, to netip.AddrPort) *Endpoint {
 		if ep != nil {
 			l = ep.links
 		}
-		ep = &Endpoint{Workload: w, Address: to, cluster: c, links: l}
+		ep = newEndpoint(w, to)
+		ep.cluster, ep.links = c, l
 		c.direct[to] = ep
 	}
 	return ep

@@ -17,9 +17,15 @@ type Endpoint struct {
 	// Address has only a port if the workload is reached by its host name.
 	Address netip.AddrPort
 
+	logged  string            // what lines of the log call it
 	balance *balance.Endpoint // nil if it was not chosen
 	cluster *cluster
 	links   *links
+}
+
+// newEndpoint returns an Endpoint that nobody has chosen yet.
+func newEndpoint(w *mesh.Workload, a netip.AddrPort) *Endpoint {
+	return &Endpoint{Workload: w, Address: a, logged: string(appendEndpoint(nil, w, a))}
 }
 
 // links are the transports to one endpoint. They outlive the Endpoint, which is

@@ -107,6 +107,8 @@ type Engine struct {
 	metrics *metrics // nil: nothing is counted
 	mirrors *mirrors
 
+	blockers []Blocker // those of filters, each at its place; nil where one is none
+
 	exchanges sync.Pool
 	tables    sync.Map     // *mesh.Route to its *route.Table
 	noRoute   *route.Table // of services without a Route
@@ -144,6 +146,10 @@ func New(cfg Config) (*Engine, error) {
 	e.filters = e.chain()
 	if len(e.filters) > maxFilters {
 		return nil, fmt.Errorf("l7: %d filters, and room for %d", len(e.filters), maxFilters)
+	}
+	e.blockers = make([]Blocker, len(e.filters))
+	for i, f := range e.filters {
+		e.blockers[i], _ = f.(Blocker)
 	}
 	return e, nil
 }

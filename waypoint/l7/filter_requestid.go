@@ -22,7 +22,7 @@ func (f *requestID) OnRequest(x *Exchange) Verdict {
 	}
 	x.Request.RemoveID(msg.XRequestID)
 	var b [36]byte
-	msg.Append(&x.Request, "x-request-id", appendUUID(b[:0], f.e.rand(), f.e.rand()))
+	msg.AppendID(&x.Request, msg.XRequestID, appendUUID(b[:0], f.e.rand(), f.e.rand()))
 	x.RequestID = x.Request.Get(msg.XRequestID)
 	return Continue
 }
@@ -35,11 +35,15 @@ func appendUUID(dst []byte, high, low uint64) []byte {
 	b[6] = b[6]&0x0f | 0x40
 	b[8] = b[8]&0x3f | 0x80
 	const digits = "0123456789abcdef"
+	var text [36]byte
+	at := 0
 	for i, c := range b {
 		if i == 4 || i == 6 || i == 8 || i == 10 {
-			dst = append(dst, '-')
+			text[at] = '-'
+			at++
 		}
-		dst = append(dst, digits[c>>4], digits[c&15])
+		text[at], text[at+1] = digits[c>>4], digits[c&15]
+		at += 2
 	}
-	return dst
+	return append(dst, text[:]...)
 }

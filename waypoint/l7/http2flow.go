@@ -213,7 +213,7 @@ func (st *http2Stream) reply(up *h2.Conn) {
 	x.Details = "via_upstream"
 	if ms := x.Answered.Sub(x.Sent).Milliseconds(); ms >= 0 {
 		var b [20]byte
-		msg.Set(h, "x-envoy-upstream-service-time", strconv.AppendInt(b[:0], ms, 10))
+		msg.SetID(h, msg.XEnvoyUpstreamServiceTime, strconv.AppendInt(b[:0], ms, 10))
 	}
 	st.d.e.respond(x)
 	if h.Status == 204 {

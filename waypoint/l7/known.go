@@ -16,23 +16,35 @@ type known struct {
 	service  *mesh.Service
 	policies []*mesh.Policy // that protect it
 	waypoint *mesh.Waypoint // we
+	ends     string         // the connection's addresses, as a line of text has them
 	table    *route.Table   // of requests
 }
 
 // lookUp asks v; all but the table, which the engine keeps.
 func lookUp(v *view.View, f *Facts, waypoint mesh.Name) *known {
 	return &known{view: v, source: sourceOf(v, f), service: v.ServiceByName(f.Service),
-		policies: v.Targeted(f.Service, waypoint), waypoint: v.Waypoint(waypoint)}
+		policies: v.Targeted(f.Service, waypoint), waypoint: v.Waypoint(waypoint), ends: string(appendEnds(nil, f))}
 }
 
-// A memory holds what was known when the last exchange of a connection began.
-// Its zero value holds nothing. It may be used by many goroutines.
-type memory struct{ last atomic.Pointer[known] }
+// A memory holds what was known when the last exchange of a connection began,
+// and where the last that ended was counted. Its zero value holds nothing. It
+// may be used by many goroutines.
+type memory struct {
+	last    atomic.Pointer[known]
+	counted atomic.Pointer[counted]
+}
 
 // forget forgets what is of another View than v, which is kept by it else.
 func (m *memory) forget(v *view.View) {
-	if k := m.last.Load(); k != nil && k.view != v {
+	k := m.last.Load()
+	if k != nil && k.view == v {
+		return
+	}
+	if k != nil {
 		m.last.CompareAndSwap(k, nil)
+	}
+	if m.counted.Load() != nil { // it points into the old View
+		m.counted.Store(nil)
 	}
 }
 

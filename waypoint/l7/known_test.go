@@ -159,3 +159,21 @@ func TestIdleConnectionsForgetViews(t *testing.T) {
 		}
 	})
 }
+
+// What an exchange that outlives its View leaves behind is forgotten too.
+func TestForget(t *testing.T) {
+	old, next := view.Of("1", nil, nil, nil), view.Of("1", nil, nil, nil)
+	var m memory
+	m.last.Store(&known{view: old})
+	m.counted.Store(&counted{})
+	if m.forget(old); m.last.Load() == nil || m.counted.Load() == nil {
+		t.Error("forgot the View that counts")
+	}
+	if m.forget(next); m.last.Load() != nil || m.counted.Load() != nil {
+		t.Error("keeps a View that has gone")
+	}
+	m.counted.Store(&counted{})
+	if m.forget(next); m.counted.Load() != nil {
+		t.Error("keeps where an exchange was counted that ended after its View had gone")
+	}
+}

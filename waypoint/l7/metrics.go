@@ -27,8 +27,8 @@ type metrics struct {
 	opened, closed, sent, received *prometheus.CounterVec
 
 	mu     sync.RWMutex
-	quick  map[metricKey]*series // guarded by mu
-	byText map[labels]*series    // guarded by mu
+	quick  map[metricKey]*counted // guarded by mu
+	byText map[labels]*series     // guarded by mu
 	limit  int
 }
 
@@ -42,6 +42,12 @@ type metricKey struct {
 	status              int16
 	grpc                int8 // -1: none
 	protocol            byte
+}
+
+// A counted is where exchanges of that key are counted.
+type counted struct {
+	key    metricKey
+	series *series
 }
 
 // labels are the texts: those of labelNames, in their order.
@@ -105,7 +111,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		duration:         observe("istio_request_duration_milliseconds", "How long requests took, in milliseconds."),
 		requestBytes:     observe("istio_request_bytes", "The size of requests, heads included."),
 		responseBytes:    observe("istio_response_bytes", "The size of responses, heads included."),
-		quick:            map[metricKey]*series{},
+		quick:            map[metricKey]*counted{},
 		byText:           map[labels]*series{},
 		limit:            maxSeries,
 	}
@@ -157,31 +163,47 @@ func (m *metrics) OnEnd(x *Exchange) {
 	}
 }
 
-// series returns the metrics for x. It makes texts of labels only the first
-// time.
+// series returns the metrics for x: most often those of the exchange before on
+// its connection.
 func (m *metrics) series(x *Exchange) *series {
 	k := keyOf(x)
-	m.mu.RLock()
-	s := m.quick[k]
-	m.mu.RUnlock()
-	if s != nil {
-		return s
+	if x.memory == nil {
+		return m.count(&k).series
 	}
-	l := labelsOf(&k)
+	c := x.memory.counted.Load()
+	if c == nil || c.key != k {
+		c = m.count(&k)
+		x.memory.counted.Store(c)
+	}
+	return c.series
+}
+
+// count returns where exchanges of key k are counted. It makes texts of labels
+// only the first time.
+func (m *metrics) count(k *metricKey) *counted {
+	m.mu.RLock()
+	c := m.quick[*k]
+	m.mu.RUnlock()
+	if c != nil {
+		return c
+	}
+	l := labelsOf(k)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if len(m.byText) >= m.limit && m.byText[l] == nil {
 		l = anonymous(l)
 	}
-	if s = m.byText[l]; s == nil {
+	s := m.byText[l]
+	if s == nil {
 		s = m.make(&l, k.protocol == 't')
 		m.byText[l] = s
 	}
 	if len(m.quick) >= 2*m.limit {
 		clear(m.quick) // most are of Views that have gone
 	}
-	m.quick[k] = s
-	return s
+	c = &counted{*k, s}
+	m.quick[*k] = c
+	return c
 }
 
 // make makes the metrics for one combination of labels.

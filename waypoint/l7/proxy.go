@@ -98,12 +98,11 @@ func (e *Engine) begin(x *Exchange, now time.Time) Verdict {
 // wait it stops before one that Blocks, and reports that not all have decided.
 func (e *Engine) ask(x *Exchange, wait bool) (v Verdict, decided bool) {
 	for i := x.work.reached; i < len(e.filters); i++ {
-		f := e.filters[i]
-		if b, ok := f.(Blocker); ok && !wait && b.Blocks(x) {
+		if !wait && i < len(e.blockers) && e.blockers[i] != nil && e.blockers[i].Blocks(x) {
 			return Refuse, false
 		}
 		x.work.reached = i + 1
-		if v := f.OnRequest(x); v != Continue {
+		if v := e.filters[i].OnRequest(x); v != Continue {
 			if v == Refuse {
 				x.Answer(500, "", 0, "filter_refused")
 			}
@@ -121,7 +120,7 @@ func (e *Engine) respond(x *Exchange) {
 }
 
 // end lets the filters see how it went.
-func (e *Engine) end(x *Exchange) { e.endAt(x, time.Now()) }
+func (e *Engine) end(x *Exchange) { e.endAt(x, x.now()) }
 
 // endAt is end for who knows the time.
 func (e *Engine) endAt(x *Exchange, now time.Time) {

@@ -16,7 +16,7 @@ func (e *Engine) reply(x *Exchange, cl client, c call) (keep bool) {
 	x.Details = "via_upstream"
 	if ms := x.Answered.Sub(x.Sent).Milliseconds(); ms >= 0 {
 		var b [20]byte
-		msg.Set(h, "x-envoy-upstream-service-time", strconv.AppendInt(b[:0], ms, 10))
+		msg.SetID(h, msg.XEnvoyUpstreamServiceTime, strconv.AppendInt(b[:0], ms, 10))
 	}
 	e.respond(x)
 	if h.Status == 101 || string(x.Request.Method) == "CONNECT" && h.Status/100 == 2 {

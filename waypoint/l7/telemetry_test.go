@@ -34,7 +34,7 @@ func served() *Exchange {
 		View:    view.Of("1", []*mesh.Workload{front, pod}, nil, nil),
 		Version: HTTP11, OriginalPath: []byte(`/a?b="c`),
 		Service: &mesh.Service{Name: cart, ShortName: "cart"}, BackendPort: 80,
-		Matched: route.Result{Name: "rule.match"}, Endpoint: &Endpoint{Workload: pod, Address: netip.MustParseAddrPort("10.0.0.1:8080")},
+		Matched: route.Result{Name: "rule.match"}, Endpoint: newEndpoint(pod, netip.MustParseAddrPort("10.0.0.1:8080")),
 		Start: start, Sent: start.Add(time.Millisecond), Answered: start.Add(6 * time.Millisecond), End: start.Add(7500 * time.Microsecond),
 		Details: "via_upstream", RequestBytes: 3, ResponseBytes: 1024, RequestHeadBytes: 100, ResponseHeadBytes: 50, RequestID: []byte("id-1"),
 	}
@@ -61,7 +61,7 @@ func TestTextLine(t *testing.T) {
 			x.Matched.Name = ""
 		}, `[2026-01-02T03:04:05.006Z] "GET /a?b=\x22c HTTP/1.1" 403 - rbac_access_denied_matched_policy[none] - "no \x22way\x22" 3 1024 7 - "10.0.9.9" "curl/8" "id-1" "cart" "-" - - 10.96.0.1:80 10.0.9.9:4000 - -`},
 		{"a connection", func(x *Exchange) {
-			*x = Exchange{Facts: x.Facts, View: x.View, Start: x.Start, End: x.End, Flags: FlagConnectFailed | FlagDownstreamClosed, Details: "a b", Endpoint: x.Endpoint, BackendService: x.Service, BackendPort: 80}
+			*x = Exchange{Facts: x.Facts, View: x.View, known: x.known, Start: x.Start, End: x.End, Flags: FlagConnectFailed | FlagDownstreamClosed, Details: "a b", Endpoint: x.Endpoint, BackendService: x.Service, BackendPort: 80}
 		}, `[2026-01-02T03:04:05.006Z] "- - -" 0 UF,DC - a_b "-" 0 0 7 - "-" "-" "-" "-" "10.0.0.1:8080" inbound-vip|80|tcp|cart.shop.svc.cluster.local - 10.96.0.1:80 10.0.9.9:4000 - -`},
 	} {
 		x := served()
@@ -168,8 +168,13 @@ func TestMetrics(t *testing.T) {
 	const source = `source_app="front",source_canonical_revision="v1",source_canonical_service="front",source_cluster="k",source_principal="spiffe://td/ns/web/sa/front",source_version="v1",source_workload="front",source_workload_namespace="web"`
 	reg := prometheus.NewRegistry()
 	m := newMetrics(reg)
+	var one memory // all are of one connection: where the last was counted the next may not be
+	served := func() *Exchange {
+		x := served()
+		x.memory = &one
+		return x
+	}
 	x := served()
-	m.OnEnd(x)
 	m.OnEnd(x)
 	grpc := served()
 	grpc.GRPC, grpc.RequestMessages, grpc.ResponseMessages, grpc.Flags = true, 2, 5, FlagRetriesExhausted
@@ -177,6 +182,7 @@ func TestMetrics(t *testing.T) {
 	grpc.Trailer.Reset()
 	msg.Append(grpc.Trailer, "grpc-status", "14")
 	m.OnEnd(grpc)
+	m.OnEnd(x)
 	liar := served() // at the address of a pod that it is not
 	liar.Facts = &Facts{Peer: mesh.Identity{TrustDomain: "td", Namespace: "evil", ServiceAccount: "e"}, Source: liar.Facts.Source}
 	liar.known = lookUp(liar.View, liar.Facts, mesh.Name{})

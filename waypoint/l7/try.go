@@ -56,7 +56,7 @@ func (e *Engine) try(x *Exchange, cl client) (call, *tryError) {
 		if c != nil {
 			e.endCall(x, c, outcomeOf(f.kind), false)
 		} else if ep.balance != nil {
-			ep.balance.End(outcomeOf(f.kind), time.Now())
+			ep.balance.End(outcomeOf(f.kind), x.now())
 		}
 		if ep.balance != nil {
 			w.tried = append(w.tried, ep.balance)
@@ -93,7 +93,7 @@ func outcomeOf(kind failed) balance.Outcome {
 // countAttempt tells the endpoint which attempt it sees.
 func (e *Engine) countAttempt(x *Exchange) {
 	var b [8]byte
-	msg.Set(&x.Request, "x-envoy-attempt-count", strconv.AppendInt(b[:0], int64(x.Attempts), 10))
+	msg.SetID(&x.Request, msg.XEnvoyAttemptCount, strconv.AppendInt(b[:0], int64(x.Attempts), 10))
 }
 
 // tryOnce sends the request over one connection. If it returns a call with a
@@ -105,7 +105,7 @@ func (e *Engine) tryOnce(x *Exchange, cl client, ep *Endpoint) (call, *tryError)
 		return nil, kindOf(err, failedConnect)
 	}
 	w.calling(c)
-	x.Sent = time.Now()
+	x.Sent = x.now()
 	x.Answered = time.Time{}
 	sendErr := e.sendHead(x, cl, c)
 	for {
@@ -128,7 +128,7 @@ func (e *Engine) tryOnce(x *Exchange, cl client, ep *Endpoint) (call, *tryError)
 			return c, &tryError{kind: failedClient, cause: err}
 		}
 	}
-	x.Answered = time.Now()
+	x.Answered = x.now()
 	return c, nil
 }
 
@@ -262,7 +262,7 @@ func (e *Engine) endCall(x *Exchange, c call, o balance.Outcome, whole bool) {
 	}
 	c.close(whole)
 	if b := x.Endpoint.balance; b != nil {
-		b.End(o, time.Now())
+		b.End(o, x.now())
 	}
 }
 
@@ -295,7 +295,7 @@ func (e *Engine) pick(x *Exchange) (*Endpoint, *tryError) {
 			r.Avoid = x.work.tried
 		}
 	}
-	b, ok := c.group.Pick(r, x.now())
+	b, ok := c.group.Pick(r, x.recent())
 	if !ok {
 		return nil, &tryError{kind: failedNoHealthy}
 	}
@@ -306,10 +306,10 @@ func (e *Engine) pick(x *Exchange) (*Endpoint, *tryError) {
 	return ep, nil
 }
 
-// now is recent enough for choices.
-func (x *Exchange) now() time.Time {
+// recent returns a time that is recent enough for choices.
+func (x *Exchange) recent() time.Time {
 	if x.Attempts == 0 {
 		return x.Start
 	}
-	return time.Now()
+	return x.now()
 }
