@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/weft-mesh/weft/hbone/loop"
+	"github.com/weft-mesh/weft/internal/netns"
 )
 
 // A listener is a listening socket: a *net.TCPListener, or a *door.
@@ -29,7 +30,7 @@ type door struct {
 	next func(fd uintptr) (done bool) // accepts into what follows; made once, as it is needed often
 
 	fd     int
-	from   syscall.Sockaddr // package unix would ask the kernel for the protocol, too
+	from   netip.AddrPort
 	failed error
 }
 
@@ -60,7 +61,7 @@ func openDoor(f *os.File) (*door, error) {
 // tryAccept accepts a connection, and reports false if there is none yet.
 func (d *door) tryAccept(fd uintptr) (done bool) {
 	for {
-		d.fd, d.from, d.failed = syscall.Accept4(int(fd), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+		d.fd, d.from, d.failed = netns.Accept(int(fd))
 		// A connection that was aborted in the backlog is no failure.
 		if d.failed != syscall.EINTR && d.failed != syscall.ECONNABORTED {
 			return d.failed != syscall.EAGAIN
@@ -80,13 +81,12 @@ func (d *door) accept(a *arrival) error {
 	case d.failed != nil:
 		return os.NewSyscallError("accept", d.failed)
 	}
-	a.fd = d.fd
-	to, err := syscall.Getsockname(a.fd)
-	if err != nil {
+	a.fd, a.src = d.fd, d.from
+	var err error
+	if a.dst, err = netns.Local(a.fd); err != nil {
 		a.refuse()
 		return os.NewSyscallError("getsockname", err)
 	}
-	a.src, a.dst = sockAddrPort(d.from), sockAddrPort(to)
 	return nil
 }
 
@@ -124,15 +124,4 @@ func (a *arrival) conn() (*net.TCPConn, error) {
 		return nil, errors.New("it is no TCP connection")
 	}
 	return tuned(tcp, nil)
-}
-
-// sockAddrPort returns a as the mesh writes addresses.
-func sockAddrPort(a syscall.Sockaddr) netip.AddrPort {
-	switch a := a.(type) {
-	case *syscall.SockaddrInet4:
-		return netip.AddrPortFrom(netip.AddrFrom4(a.Addr), uint16(a.Port))
-	case *syscall.SockaddrInet6:
-		return netip.AddrPortFrom(netip.AddrFrom16(a.Addr).Unmap(), uint16(a.Port))
-	}
-	return netip.AddrPort{}
 }

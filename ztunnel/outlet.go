@@ -10,7 +10,6 @@ import (
 	"os"
 	"slices"
 	"sync"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -165,8 +164,10 @@ func (q *pod) beginApp(client netip.Addr, to netip.AddrPort) (fd int, err error)
 	if q.closed {
 		return -1, errPodLeft
 	}
-	for try := 0; ; try++ {
-		fd, err = q.out.Begin(netip.AddrPort{}, to, func(fd int) error { return q.disguise(fd, client, try) })
+	try := 0
+	control := func(fd int) error { return q.disguise(fd, client, try) }
+	for ; ; try++ {
+		fd, err = q.out.Begin(netip.AddrPort{}, to, control)
 		if !portTaken(err) || try == appTries {
 			return fd, err
 		}
@@ -200,13 +201,9 @@ func appPort(try int, rnd uint32) uint16 {
 // bindAs binds a socket to an address that is not ours. The port is known
 // before the SYN, so that it can be judged.
 func (q *pod) bindAs(fd int, client netip.AddrPort) error {
-	var sa unix.Sockaddr
 	level, option := unix.SOL_IP, unix.IP_TRANSPARENT
-	if client.Addr().Is4() {
-		sa = &unix.SockaddrInet4{Addr: client.Addr().As4(), Port: int(client.Port())}
-	} else {
+	if !client.Addr().Is4() {
 		level, option = unix.SOL_IPV6, unix.IPV6_TRANSPARENT
-		sa = &unix.SockaddrInet6{Addr: client.Addr().As16(), Port: int(client.Port())}
 	}
 	if err := unix.SetsockoptInt(fd, level, option, 1); err != nil {
 		return fmt.Errorf("keep the client's address: make socket transparent: %w", err)
@@ -215,15 +212,15 @@ func (q *pod) bindAs(fd int, client netip.AddrPort) error {
 	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
 		return fmt.Errorf("keep the client's address: %w", err)
 	}
-	if err := unix.Bind(fd, sa); err != nil {
+	if err := netns.Bind(fd, client); err != nil {
 		return fmt.Errorf("keep the client's address: bind to %v: %w", client, err)
 	}
 	if client.Port() == 0 { // the kernel has chosen
-		bound, err := syscall.Getsockname(fd)
+		bound, err := netns.Local(fd)
 		if err != nil {
 			return fmt.Errorf("keep the client's address: %w", err)
 		}
-		client = sockAddrPort(bound)
+		client = bound
 	}
 	if q.clients.has(client) {
 		return errPortTaken

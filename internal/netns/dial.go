@@ -93,13 +93,6 @@ func (n *NS) Begin(local, remote netip.AddrPort, control func(fd int) error) (fd
 	return fd, nil
 }
 
-// Connected reports whether a TCP socket is connected. One that is not may be
-// on the way to be, or have failed.
-func Connected(fd int) bool {
-	_, err := syscall.Getpeername(fd) // ENOTCONN before the peer has answered, and after it has refused
-	return err == nil
-}
-
 // spareSockets is how many sockets are made ready at once.
 const spareSockets = 8
 
@@ -185,38 +178,23 @@ func begin(fd, family int, local, remote netip.AddrPort, control func(fd int) er
 				return os.NewSyscallError("setsockopt", err)
 			}
 		}
-		sa, err := sockaddr(family, local)
-		if err != nil {
-			return err
+		if err := withAddress(unix.SYS_BIND, fd, family, local); err != nil {
+			return failed("bind", err)
 		}
-		if err := unix.Bind(fd, sa); err != nil {
-			return os.NewSyscallError("bind", err)
-		}
-	}
-	sa, err := sockaddr(family, remote)
-	if err != nil {
-		return err
 	}
 	// A connect that a signal interrupted goes on by itself, as in progress.
-	if err := unix.Connect(fd, sa); err != nil && err != unix.EINPROGRESS && err != unix.EINTR {
-		return os.NewSyscallError("connect", err)
+	if err := withAddress(unix.SYS_CONNECT, fd, family, remote); err != nil && err != unix.EINPROGRESS && err != unix.EINTR {
+		return failed("connect", err)
 	}
 	return nil
 }
 
-func sockaddr(family int, a netip.AddrPort) (unix.Sockaddr, error) {
-	if family == unix.AF_INET {
-		return &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().Unmap().As4()}, nil
+// failed says which call it was that failed, if it was the kernel's.
+func failed(call string, err error) error {
+	if _, ok := err.(syscall.Errno); ok {
+		return os.NewSyscallError(call, err)
 	}
-	sa := &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}
-	if zone := a.Addr().Zone(); zone != "" {
-		var index uint32
-		if _, err := fmt.Sscanf(zone, "%d", &index); err != nil {
-			return nil, fmt.Errorf("zone %q of %v is not an interface index: names mean something else in each namespace", zone, a)
-		}
-		sa.ZoneId = index
-	}
-	return sa, nil
+	return err
 }
 
 // connected waits until f is connected or failed to be.
