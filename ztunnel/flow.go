@@ -238,6 +238,20 @@ func (r *registry) all() []*flow {
 	return slices.Clone(r.open)
 }
 
+// each calls do for the open flows, a few at a time, so that it needs no memory
+// for all of them. While flows end it may pass by some that do not.
+func (r *registry) each(do func(*flow)) {
+	var some [64]*flow
+	for at, n := 0, len(some); n == len(some); at += n {
+		r.mu.Lock()
+		n = copy(some[:], r.open[min(at, len(r.open)):])
+		r.mu.Unlock()
+		for _, f := range some[:n] {
+			do(f)
+		}
+	}
+}
+
 const (
 	// recheckPause keeps a burst of changes from rechecking each time.
 	recheckPause = 100 * time.Millisecond

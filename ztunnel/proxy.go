@@ -435,9 +435,9 @@ func (p *Proxy) countBytes(ctx context.Context) error {
 		case <-tick.C:
 		}
 		now := time.Now()
-		for _, f := range p.flows.all() {
+		p.flows.each(func(f *flow) {
 			p.telemetry.progress(f)
 			f.adoptKeepAlive(now)
-		}
+		})
 	}
 }

@@ -1,6 +1,25 @@
 package ztunnel
 
-import "testing"
+import (
+	"slices"
+	"testing"
+)
+
+// Every flow has its turn, however many there are.
+func TestRegistryTellsOfEachOnce(t *testing.T) {
+	for _, n := range []int{0, 1, 63, 64, 65, 128, 200} {
+		var r registry
+		for range n {
+			r.add(new(flow))
+		}
+		var got []*flow
+		r.each(func(f *flow) { got = append(got, f) })
+		if !slices.Equal(got, r.all()) {
+			t.Errorf("of %d flows %d had a turn, or not each one", n, len(got))
+		}
+		r.each(func(f *flow) { r.remove(f) }) // it may end meanwhile
+	}
+}
 
 // Whatever the order in which flows end, the others stay in the registry.
 func TestRegistryForgetsWhatHasEnded(t *testing.T) {

@@ -125,16 +125,22 @@ func (s *Server) requested(r *Request) {
 		_ = r.Reject(400) // 400 is a status that refuses
 		return
 	}
-	rest := func() { s.cfg.Handle(r) }
-	if s.cfg.Begin != nil {
-		if rest = s.cfg.Begin(r); rest == nil {
-			r.abandon()
-			return
-		}
+	if s.cfg.Begin == nil {
+		s.handle(r, func() { s.cfg.Handle(r) })
+		return
 	}
+	if rest := s.cfg.Begin(r); rest != nil {
+		s.handle(r, rest)
+		return
+	}
+	r.abandon()
+}
+
+// handle does the work for a request in a goroutine of its own.
+func (s *Server) handle(r *Request, work func()) {
 	s.work.Go(func() {
 		defer r.abandon()
-		rest()
+		work()
 	})
 }
 
