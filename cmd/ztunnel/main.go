@@ -112,7 +112,7 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 			<-inner.Done()
 			return nil
 		},
-		turn.watch,
+		turn.watch, tidyMemory,
 		func(inner context.Context) error { return after.run(ctx, inner) },
 		func(ctx context.Context) error { return turn.serve(ctx, c.adminAddr, pages.admin()) },
 		func(ctx context.Context) error { return turn.serve(ctx, c.statsAddr, obs.Stats(reg)) },
