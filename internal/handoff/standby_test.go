@@ -118,6 +118,7 @@ func TestRestartedAgentLeavesTheActiveOneActive(t *testing.T) {
 	b.synced(t)
 	a.stop()
 	eventually(t, "the standby to be active", b.Active)
+	eventually(t, "its claim", b.hasClaim)        // what c sees of it while the agent is away
 	c := startTwin(t, path, t.Name(), "c", false) // eager, and not active
 	c.synced(t)
 	stop()
@@ -219,7 +220,7 @@ func TestPairUnderFire(t *testing.T) {
 func TestStandbyTakesOverFromOneThatHangs(t *testing.T) {
 	f, _ := testFiles(t)
 	path := filepath.Join(t.TempDir(), "s")
-	s := startServer(t, ServerConfig{Path: path, AckTimeout: 200 * time.Millisecond, WatchEvery: 10 * time.Millisecond})
+	s := startServer(t, ServerConfig{Path: path, AckTimeout: time.Second, WatchEvery: 10 * time.Millisecond})
 	a, b := startTwin(t, path, t.Name(), "a", false), startTwin(t, path, t.Name(), "b", true)
 	a.synced(t)
 	b.synced(t)
