@@ -305,10 +305,18 @@ func TestFromProxyToAuthority(t *testing.T) {
 		t.Errorf("the certificate lives for %v, want 24h", left)
 	}
 
-	short, done := context.WithTimeout(ctx, 500*time.Millisecond)
-	defer done()
-	if _, err := m.Certificate(short, other); err == nil || !strings.Contains(err.Error(), "runs on its node") {
-		t.Errorf("an identity of another node: %v, want a refusal", err)
+	// Who has waited is told why there is none; on a busy machine the answer that
+	// says it takes longer.
+	for patience := 500 * time.Millisecond; ; patience *= 2 {
+		short, done := context.WithTimeout(ctx, patience)
+		_, err := m.Certificate(short, other)
+		done()
+		if err != nil && strings.Contains(err.Error(), "runs on its node") {
+			return
+		}
+		if err == nil || patience > 20*time.Second {
+			t.Fatalf("an identity of another node: %v, want a refusal", err)
+		}
 	}
 }
 
