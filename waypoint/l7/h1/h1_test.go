@@ -152,3 +152,11 @@ func TestTrailers(t *testing.T) {
 		}
 	}
 }
+
+func TestReason(t *testing.T) {
+	for status, want := range map[int]string{100: "Continue", 200: "OK", 511: "Network Authentication Required", 299: "Unknown", 599: "Unknown", 0: "Unknown", -1: "Unknown"} {
+		if got := Reason(status); got != want {
+			t.Errorf("%d is %q, want %q", status, got, want)
+		}
+	}
+}

@@ -105,14 +105,14 @@ func AppendResponse(dst []byte, h *msg.Head, r Reader) []byte {
 
 // Reason returns the phrase that goes with a status.
 func Reason(status int) string {
-	if s, ok := reasons[status]; ok {
-		return s
+	if status >= 0 && status < len(reasons) && reasons[status] != "" {
+		return reasons[status]
 	}
 	return "Unknown"
 }
 
-// reasons is read only.
-var reasons = map[int]string{
+// reasons are the phrases by status. It is read only.
+var reasons = [...]string{
 	100: "Continue", 101: "Switching Protocols", 102: "Processing", 103: "Early Hints",
 	200: "OK", 201: "Created", 202: "Accepted", 203: "Non-Authoritative Information", 204: "No Content",
 	205: "Reset Content", 206: "Partial Content", 207: "Multi-Status", 208: "Already Reported", 226: "IM Used",
