@@ -38,8 +38,7 @@ func TestMixedHoldsEveryKind(t *testing.T) {
 	stdin := os.Stdin
 	os.Stdin = in
 	t.Cleanup(func() { os.Stdin = stdin })
-	var out bytes.Buffer
-	time.AfterFunc(2*time.Second, func() { stop.Close() })
+	out := whenReady{do: func() { time.AfterFunc(2*time.Second, func() { stop.Close() }) }}
 	if err := mixed(context.Background(), []string{"-to", addr, "-n", "80"}, &out); err != nil {
 		t.Fatal(err)
 	}
@@ -59,4 +58,17 @@ func TestMixedHoldsEveryKind(t *testing.T) {
 			t.Errorf("%d of %s, want %d: %v", kinds[kind], kind, want, kinds)
 		}
 	}
+}
+
+// whenReady does something when all connections are open.
+type whenReady struct {
+	bytes.Buffer
+	do func()
+}
+
+func (w *whenReady) Write(b []byte) (int, error) {
+	if bytes.Contains(b, []byte(`"ready"`)) {
+		w.do()
+	}
+	return w.Buffer.Write(b)
 }
