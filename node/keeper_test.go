@@ -140,7 +140,7 @@ func (w *world) wait(want ...string) {
 
 func (w *world) until(what string, ok func() bool, else_ ...func()) {
 	w.t.Helper()
-	end := time.Now().Add(15 * time.Second)
+	end := time.Now().Add(30 * time.Second)
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	for !ok() {
@@ -676,7 +676,7 @@ func TestLeaveAll(t *testing.T) {
 		t.Fatal(err) // its processes still run
 	}
 	w.until("the deletion to be seen", func() bool { return w.keeper.kube.pod("p7") == nil })
-	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	if err := w.keeper.leaveAll(ctx); err != nil {
 		t.Fatal(err)

@@ -17,7 +17,7 @@ import (
 const (
 	pieceLen = 128 << 10 // of a bulk write
 	blockLen = 1 << 20   // what a sink confirms
-	patience = 10 * time.Second
+	patience = 30 * time.Second
 )
 
 func sockaddr(a netip.AddrPort) (unix.Sockaddr, int) {
@@ -421,8 +421,9 @@ func (c *client) connects(to netip.AddrPort, inFlight, size int, d time.Duration
 	return l, nil
 }
 
-// bulk writes whole blocks on every connection to a sink for d, and returns
-// when the sink has them all. Each connection has been used with one byte.
+// bulk writes whole blocks on every connection to a sink for d, one at the
+// least, and returns when the sink has them all. Each connection has been used
+// with one byte.
 func (c *client) bulk(d time.Duration) (Load, error) {
 	p, err := newPoller()
 	if err != nil {
@@ -444,7 +445,7 @@ func (c *client) bulk(d time.Duration) (Load, error) {
 		}
 		for _, e := range events {
 			fd := int(e.Fd)
-			late := time.Since(start) > d
+			late := sent[fd] > 0 && time.Since(start) > d
 			if left := blockLen - sent[fd]%blockLen; left == blockLen && late {
 				open--
 				if err := p.change(fd, 0); err != nil {

@@ -138,10 +138,11 @@ func (h *Host) Listen(address string) *net.TCPListener {
 	return l.(*net.TCPListener)
 }
 
-// Dial connects as an ordinary program in the namespace would, within a few
-// seconds. The connection is closed when the test ends.
+// Dial connects as an ordinary program in the namespace would. It is for what
+// works, so it has the time that a busy machine may need. The connection is
+// closed when the test ends.
 func (h *Host) Dial(to netip.AddrPort) (*net.TCPConn, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
 	c, err := h.NS.Dial(ctx, "tcp", netip.AddrPort{}, to, nil)
 	if err != nil {
