@@ -15,10 +15,11 @@ import (
 // errAway means that nobody answers on the agent's socket.
 var errAway = errors.New("no answer from the agent")
 
-// dialRetry is how long a call waits for an agent that is being replaced, so
-// that an update of Weft does not show as failed pods.
+// dialRetry is how long a call waits for an agent that is being replaced, or
+// that starts with its node, so that neither shows as failed pods: the kubelet
+// would try those again only after 10 to 15 seconds.
 const (
-	dialRetry    = 5 * time.Second
+	dialRetry    = 15 * time.Second
 	dialInterval = 100 * time.Millisecond
 )
 

@@ -15,8 +15,10 @@ import (
 // How long the plugin waits for the agent. The kubelet gives the runtime two
 // minutes for a sandbox; other plugins need some of it.
 const (
-	addTimeout = 25 * time.Second // the agent loads programs and hands the pod to ztunnel
-	delTimeout = 5 * time.Second
+	addTimeout = dialRetry + answerTimeout
+	// The agent loads programs and hands the pod to ztunnel.
+	answerTimeout = 25 * time.Second
+	delTimeout    = 5 * time.Second
 )
 
 // A Plugin is the CNI plugin. It is stateless; Out is where results go.

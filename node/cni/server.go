@@ -48,7 +48,7 @@ func Serve(ctx context.Context, path string, h Handler, log *slog.Logger) error 
 		return fmt.Errorf("serve the CNI plugin at %s: %v", path, err)
 	case <-ctx.Done():
 	}
-	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), addTimeout)
+	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), answerTimeout)
 	defer cancel()
 	err = srv.Shutdown(end)
 	<-stopped
