@@ -41,9 +41,9 @@ func newSink() *sink {
 	return &sink{workloads: map[mesh.UID]mesh.Workload{}, changed: make(chan struct{})}
 }
 
+// note does and remembers one operation. s.mu is held until all that belongs
+// together is done: a test that waits for a part of it may then ask for the rest.
 func (s *sink) note(op string, f func()) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	f()
 	s.ops = append(s.ops, op)
 	close(s.changed)
@@ -51,6 +51,12 @@ func (s *sink) note(op string, f func()) {
 }
 
 func (s *sink) UpdateWorkloads(set []mesh.Workload, del []mesh.UID, _ time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.updateWorkloads(set, del)
+}
+
+func (s *sink) updateWorkloads(set []mesh.Workload, del []mesh.UID) {
 	var names []string
 	for _, w := range set {
 		names = append(names, "+"+w.Name.Name)
@@ -68,15 +74,23 @@ func (s *sink) UpdateWorkloads(set []mesh.Workload, del []mesh.UID, _ time.Time)
 	})
 }
 
-func (s *sink) UpdateWorld(r feed.Resources, del []mesh.UID, since time.Time) {
+func (s *sink) UpdateWorld(r feed.Resources, del []mesh.UID, _ time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.note("services", func() { s.services, s.world = r.Services, r })
-	s.SetPolicies(r.Policies)
+	s.setPolicies(r.Policies)
 	if len(r.Workloads)+len(del) > 0 {
-		s.UpdateWorkloads(r.Workloads, del, since)
+		s.updateWorkloads(r.Workloads, del)
 	}
 }
 
 func (s *sink) SetPolicies(ps []mesh.Policy) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.setPolicies(ps)
+}
+
+func (s *sink) setPolicies(ps []mesh.Policy) {
 	var names []string
 	for _, p := range ps {
 		if p.Name.Name != "istio_converted_static_strict" {
@@ -86,7 +100,11 @@ func (s *sink) SetPolicies(ps []mesh.Policy) {
 	s.note("policies "+strings.Join(names, " "), func() { s.policies = ps })
 }
 
-func (s *sink) SetSynced() { s.note("synced", func() { s.synced = true }) }
+func (s *sink) SetSynced() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.note("synced", func() { s.synced = true })
+}
 
 // wait waits until f holds.
 func (s *sink) wait(t *testing.T, what string, f func(*sink) bool) {
