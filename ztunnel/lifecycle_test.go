@@ -152,12 +152,14 @@ func TestDelServesTheBacklog(t *testing.T) {
 	outside := netip.AddrPortFrom(freshAddr(), p.port)
 	p.outlet.route(outside, startApp(t, "127.0.0.1:0", echo))
 	c := p.dial(outside) // nobody accepts yet
+	// As Del does it, but with time for an acceptor that has to wait for its turn.
 	n.mu.Lock()
-	n.pods[p.uid], n.owners[q.owner] = q, q
+	n.owners[q.owner] = q
 	n.cfg.Identity.Warm(id)
-	n.mu.Unlock()
 	q.start()
-	n.Del(p.uid)
+	stopped := n.leave(q, time.Second, time.Hour)
+	n.mu.Unlock()
+	<-stopped
 	if err := roundTrip(c, "late"); err != nil {
 		t.Error(err)
 	}
