@@ -10,6 +10,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unique"
 
 	"github.com/weft-mesh/weft/hbone/loop"
 	"github.com/weft-mesh/weft/internal/relay"
@@ -35,7 +36,7 @@ func (d direction) String() string {
 
 // flow is one connection through the proxy: what is known of it, for logs and
 // metrics, and how to end it. Tens of thousands are idle at a time, so it is
-// small: 256 bytes with the engine's part. All it knows are values and what it
+// small: 240 bytes with the engine's part. All it knows are values and what it
 // shares with others.
 type flow struct {
 	conn loop.Conn // through a tunnel; of other flows only the cause of an abort is used
@@ -50,8 +51,7 @@ type flow struct {
 	plain                   *plainFlow // of a flow without a tunnel; else nil
 
 	start    int64                          // in nanoseconds since 1970
-	reported struct{ sent, received int64 } // how much is counted; guarded by mu
-	mu       sync.Mutex
+	reported struct{ sent, received int64 } // how much is counted; guarded by telemetry.counting
 
 	src, dst  endpoint // the ends of the TCP connection, or of the tunnel
 	target    endpoint // what the tunnel was asked for; zero without one
@@ -66,7 +66,8 @@ type flow struct {
 // plainFlow is what a flow without a tunnel has besides.
 type plainFlow struct {
 	stats  *relay.Stats // Sent is what the client sent
-	ends   []net.Conn   // guarded by flow.mu
+	mu     sync.Mutex
+	ends   []net.Conn   // guarded by mu
 	looked atomic.Bool  // the application's keepalive was looked at
 	halter relay.Halter // while it is copied
 	// outer is the client's flow, if this is the server's and both are pods of
@@ -74,37 +75,33 @@ type plainFlow struct {
 	outer *flow
 }
 
-// An endpoint is a netip.AddrPort in 19 bytes, without a zone. The zero
+// An endpoint is a netip.AddrPort without a zone in half of its size: the
+// address, of which the node knows few, is there once for all flows. The zero
 // endpoint is none.
 type endpoint struct {
-	ip   [16]byte
+	addr unique.Handle[netip.Addr]
 	port uint16
-	bits uint8
 }
 
 func endpointOf(a netip.AddrPort) endpoint {
 	if !a.Addr().IsValid() {
 		return endpoint{}
 	}
-	return endpoint{ip: a.Addr().As16(), port: a.Port(), bits: uint8(a.Addr().BitLen())}
+	return endpoint{unique.Make(a.Addr().WithZone("")), a.Port()}
 }
 
 // addrPort returns e as the mesh writes addresses.
 func (e endpoint) addrPort() netip.AddrPort {
-	a := netip.AddrFrom16(e.ip)
-	switch e.bits {
-	case 0:
+	if e == (endpoint{}) {
 		return netip.AddrPort{}
-	case 32:
-		a = a.Unmap()
 	}
-	return netip.AddrPortFrom(a, e.port)
+	return netip.AddrPortFrom(e.addr.Value(), e.port)
 }
 
 // facts are what an inbound flow is admitted by.
 func (f *flow) facts() authz.Facts {
 	to := f.dst
-	if f.target.bits != 0 {
+	if f.target != (endpoint{}) {
 		to = f.target
 	}
 	return authz.Facts{Peer: proved(f.sourceID), Source: f.src.addrPort(), Destination: to.addrPort()}
@@ -132,8 +129,8 @@ func (f *flow) moved() (sent, received int64) {
 // carry says that the bytes of a flow without a tunnel go between these. If the
 // flow has been aborted already, they are aborted and carry reports false.
 func (f *flow) carry(ends ...net.Conn) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+	f.plain.mu.Lock()
+	defer f.plain.mu.Unlock()
 	if f.conn.Cause() == nil {
 		f.plain.ends = ends
 		return true
@@ -150,8 +147,8 @@ func (f *flow) abort(cause error) {
 	if f.plain == nil {
 		return
 	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
+	f.plain.mu.Lock()
+	defer f.plain.mu.Unlock()
 	for _, c := range f.plain.ends {
 		abort(c)
 	}

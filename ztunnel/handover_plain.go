@@ -74,8 +74,8 @@ func (p *Proxy) handOverPlain(heir Heir, pods []*pod, until time.Time, all *gift
 // joined reports whether both ends of a flow without a tunnel are known: of one
 // between two pods of the node, those of the server's flow.
 func (f *flow) joined() bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+	f.plain.mu.Lock()
+	defer f.plain.mu.Unlock()
 	return len(f.plain.ends) == 2
 }
 

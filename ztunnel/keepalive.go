@@ -61,8 +61,8 @@ func (f *flow) adoptKeepAlive(now time.Time) {
 // outside: the one towards the application, and the other. They are nil for a
 // flow that does not leave the node, or whose ends are not known yet.
 func (f *flow) sides() (app, outer *net.TCPConn) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+	f.plain.mu.Lock()
+	defer f.plain.mu.Unlock()
 	if len(f.plain.ends) != 2 || f.sourceID != nil {
 		return nil, nil
 	}

@@ -111,6 +111,8 @@ type telemetry struct {
 	log   *accessLog
 	names *names
 
+	counting sync.Mutex // of bytes: one for all flows, each of which is counted every few seconds
+
 	mu    sync.Mutex
 	cache map[tuple]*counters
 }
@@ -170,8 +172,8 @@ func (t *telemetry) resume(f *flow) {
 
 // progress counts the bytes of f since the last call.
 func (t *telemetry) progress(f *flow) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+	t.counting.Lock()
+	defer t.counting.Unlock()
 	sent, received := f.moved()
 	f.counters.received.Add(float64(sent - f.reported.sent))
 	f.counters.sent.Add(float64(received - f.reported.received))
