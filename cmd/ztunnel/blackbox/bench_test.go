@@ -406,6 +406,34 @@ func (s *stage) resident(t *testing.T, ps ...*bench.Process) float64 {
 	return float64(last)
 }
 
+// calm is how long a ztunnel that has nothing to do may take to give back what
+// it does not need.
+const calm = 45 * time.Second
+
+// calmed is the anonymous memory of ztunnels when they have been left alone.
+func (s *stage) calmed(t *testing.T, ps ...*bench.Process) float64 {
+	t.Helper()
+	time.Sleep(calm)
+	var sum int64
+	for _, p := range ps {
+		n, err := p.RSS()
+		if err != nil {
+			t.Fatal(err)
+		}
+		sum += n
+	}
+	return float64(sum)
+}
+
+// inUse is live after a collection.
+func (s *stage) inUse(t *testing.T) float64 {
+	t.Helper()
+	if err := errors.Join(s.one.collect(), s.one.collect(), s.two.collect(), s.two.collect()); err != nil {
+		t.Fatal(err)
+	}
+	return s.live(t)
+}
+
 // live is what both ztunnels have in use.
 func (s *stage) live(t *testing.T) float64 {
 	t.Helper()
@@ -421,9 +449,9 @@ func (s *stage) live(t *testing.T) float64 {
 func (s *stage) idle(t *testing.T, b *board) {
 	t.Helper()
 	s.shake(t, 20) // what is made once
-	before := s.resident(t, s.two.Process)
+	before := s.calmed(t, s.two.Process)
 	s.shake(t, idleTunnels)
-	v := (s.resident(t, s.two.Process) - before) / idleTunnels
+	v := (s.calmed(t, s.two.Process) - before) / idleTunnels
 	b.figures["tunnel.idle_tunnel_bytes"] = v
 	s.row(b, "idle tunnel", "bytes at the server", v, "<=10240")
 
@@ -433,17 +461,21 @@ func (s *stage) idle(t *testing.T, b *board) {
 			cells = append(cells, "")
 			continue
 		}
-		n, key := idleConnsPeers, "tunnel.idle_conn."+c.name+"_bytes"
-		if c.name == "weft" {
-			n, key = idleConns, "tunnel.idle_conn_bytes"
+		n, key, resident := idleConnsPeers, "tunnel.idle_conn."+c.name+"_bytes", s.resident
+		live := s.inUse(t)
+		switch c.name {
+		case "weft":
+			n, key, resident = idleConns, "tunnel.idle_conn_bytes", s.calmed
+		case "before":
+			n, resident = idleConns, s.calmed
 		}
-		before, live := s.resident(t, c.proxies...), s.live(t)
+		before := resident(t, c.proxies...)
 		if err := c.client.Open(c.echo, n, 1); err != nil {
 			t.Fatalf("idle connections through %s: %v", c.name, err)
 		}
-		v := (s.resident(t, c.proxies...) - before) / float64(len(c.proxies)*n)
+		v := (resident(t, c.proxies...) - before) / float64(len(c.proxies)*n)
 		if c.name == "weft" {
-			v := (s.live(t) - live) / float64(2*n)
+			v := (s.inUse(t) - live) / float64(2*n)
 			b.figures["tunnel.idle_conn_live_bytes"] = v
 			s.row(b, "    of it in use, not garbage", "", v, "")
 		}
