@@ -107,7 +107,10 @@
 // follow, one after the other, and the filters go. Their qdisc, clsact, stays:
 // to add or to remove one, the kernel drops for a moment all that the interface
 // sends, and nobody sends a name query again in time. A pod that runs gets links
-// at once; only a kernel without them adds qdiscs to it.
+// at once; only a kernel without them adds qdiscs to it. guard_pod follows when
+// it is captured: until then a raw packet can spoil a stream of the proxy, as one
+// that goes around the queue (PACKET_QDISC_BYPASS) always can, and no more, for
+// guard_host is there. In mode leave it is needed for itself, and waited for.
 //
 // # Maps
 //

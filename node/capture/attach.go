@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -65,9 +66,10 @@ func (p *Pod) Attach(ctx context.Context, m Mode) error {
 }
 
 // fasten replaces the filters, with which Attach of a new pod is quick, by
-// links, which nothing in the pod can take off. Until then what the pod cannot
-// reach is the guard at the host's end, as on a kernel without links. Each step
-// has the lock for itself.
+// links, which nothing in the pod can take off, and puts the late hook on a
+// running one. Until then what the pod cannot reach is the guard at the host's
+// end, as on a kernel without links. Each step has the lock for itself. What
+// fails is for Mend.
 func (p *Pod) fasten() {
 	for _, h := range p.hooks() {
 		err := p.fastenOne(h)
@@ -75,7 +77,7 @@ func (p *Pod) fasten() {
 			return // the pod is gone
 		}
 		if err != nil {
-			p.c.log.Error("a program is held only by a filter, which a process of the pod with NET_ADMIN can take off", "pod", p.uid, "error", err)
+			p.c.log.Error("a program in the pod is missing, or held only by a filter, which a process of the pod with NET_ADMIN can take off; the guard at the host's end holds", "pod", p.uid, "program", h.pin, "error", err)
 		}
 	}
 }
@@ -122,7 +124,7 @@ func (p *Pod) attachClosed(silent bool) error {
 	if err := p.setMode(bpf.CaptureModeMODE_STRICT); err != nil {
 		return err
 	}
-	if err := p.hookUp(silent); err != nil {
+	if err := p.hookUp(silent, p.hooks()...); err != nil {
 		return err
 	}
 	if err := p.c.acceptMark(p.ns); err != nil {
@@ -140,10 +142,10 @@ func (p *Pod) attachClosed(silent bool) error {
 	return p.markCaptured()
 }
 
-// hookUp attaches all programs. What they do is said by the pod's mode. It is
+// hookUp attaches programs. What they do is said by the pod's mode. It is
 // quicker with a silent pod, one that has never sent anything.
-func (p *Pod) hookUp(silent bool) error {
-	for _, h := range p.hooks() {
+func (p *Pod) hookUp(silent bool, hooks ...hook) error {
+	for _, h := range hooks {
 		if err := p.putSoon(h, p.programs[h.program], silent); err != nil {
 			return err
 		}
@@ -162,10 +164,12 @@ func (p *Pod) hookUp(silent bool) error {
 //	mode strict                       nothing else passes
 //	pass 3                            keep what came to be since pass 2
 //
-// Nothing of the pod is touched until all programs are there. Without iterators
-// nothing can be kept: then what is connected is reset, whatever was asked for.
+// Nothing of the pod is touched until all programs are there, but the late one.
+// Without iterators nothing can be kept: then what is connected is reset,
+// whatever was asked for.
 func (p *Pod) attachRunning(ctx context.Context, existing Existing) error {
-	if err := p.hookUp(false); err != nil {
+	soon := slices.DeleteFunc(p.hooks(), func(h hook) bool { return h.late })
+	if err := p.hookUp(false, soon...); err != nil {
 		return err
 	}
 	if err := p.c.acceptMark(p.ns); err != nil {

@@ -43,6 +43,9 @@ func (p *Pod) detach(ctx context.Context) error {
 	if err := p.unmarkCaptured(); err != nil {
 		return err
 	}
+	if err := p.guardWire(); err != nil {
+		return err
+	}
 	if err := p.setMode(bpf.CaptureModeMODE_LEAVE); err != nil {
 		return err
 	}
@@ -66,6 +69,20 @@ func (p *Pod) detach(ctx context.Context) error {
 		return err
 	}
 	return p.listeners.Close()
+}
+
+// guardWire puts guard_pod on if the pod has captured connections and it is not
+// there yet: in mode leave nobody else holds their packets back.
+func (p *Pod) guardWire() error {
+	e, err := p.entry()
+	if err != nil || e.Mode == bpf.CaptureModeMODE_IDLE {
+		return err
+	}
+	h := p.hook(pinGuardPod)
+	if on, err := p.on(h); err != nil || on {
+		return err
+	}
+	return p.put(h, p.programs[h.program])
 }
 
 // lastDrain marks what was captured until now to stay with the proxy. Without

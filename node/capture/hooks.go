@@ -22,6 +22,7 @@ type hook struct {
 	index   int             // interface; 0 for the hook of the namespace itself
 	host    bool            // in the host's namespace
 	kind    ebpf.AttachType // of an interface's hook
+	late    bool            // put on a running pod when it is captured already, by fasten
 }
 
 // loopback is the index of lo in every namespace.
@@ -29,11 +30,15 @@ const loopback = 1
 
 // hooks returns the hooks of a captured pod, in the order in which they are
 // attached: what keeps most in comes first.
+//
+// guard_pod is late where each link takes a grace period of RCU. What it keeps
+// in, guard_host keeps in too; what it does for itself is to hold packets back
+// while the pod leaves, so detach makes sure of it.
 func (p *Pod) hooks() []hook {
 	return []hook{
 		{pin: pinGuardHost, program: bpf.CaptureProgGuardHost, index: p.place.veth, host: true, kind: ebpf.AttachTCXIngress},
 		{pin: pinInbound, program: bpf.CaptureProgInbound, index: p.place.eth0, kind: ebpf.AttachTCXIngress},
-		{pin: pinGuardPod, program: bpf.CaptureProgGuardPod, index: p.place.eth0, kind: ebpf.AttachTCXEgress},
+		{pin: pinGuardPod, program: bpf.CaptureProgGuardPod, index: p.place.eth0, kind: ebpf.AttachTCXEgress, late: p.c.features.Rung == RungTCX},
 		{pin: pinGuardLo, program: bpf.CaptureProgGuardLo, index: loopback, kind: ebpf.AttachTCXEgress},
 		p.outboundHook(p.c.features.SkLookup),
 	}
@@ -248,7 +253,8 @@ func (p *Pod) unmarkCaptured() error {
 }
 
 // captured reports whether an earlier Attach, perhaps of another agent, has
-// run to its end and every program of it is still there.
+// run to its end and every program of it is still there. A late one may be
+// missing: another Attach puts it on.
 func (p *Pod) captured() (bool, error) {
 	if e, err := p.entry(); err != nil || e.Mode != bpf.CaptureModeMODE_STRICT {
 		return false, err
@@ -260,6 +266,9 @@ func (p *Pod) captured() (bool, error) {
 		return false, fmt.Errorf("ask whether the pod is captured: %w", err)
 	}
 	for _, h := range p.hooks() {
+		if h.late {
+			continue
+		}
 		on, err := p.on(h)
 		if err == nil && !on && h.pin == p.outboundHook(p.c.features.SkLookup).pin {
 			on, err = p.on(p.outboundHook(!p.c.features.SkLookup)) // of another rung

@@ -114,6 +114,9 @@ func TestNoDatagramIsLost(t *testing.T) {
 		goOn(t, "captured", all)
 		p.background.Wait()
 		goOn(t, "held by links", all)
+		if !s.guardsWire(p) {
+			t.Error("guard_pod has not come")
+		}
 		if err := p.Detach(t.Context()); err != nil {
 			t.Fatal(err)
 		}

@@ -20,6 +20,7 @@ import (
 //
 // Rules that a pod adds before ours are its own affair: they lead to the guards.
 func (p *Pod) Mend() (mended []string, err error) {
+	p.background.Wait() // what Attach puts on in the background is not missing
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.ns == nil {
