@@ -23,8 +23,9 @@ func pinned(t *testing.T, node string) []string {
 }
 
 // captured returns the UIDs of the living pods that say they are captured, and
-// what weft status counts, by node.
-func captured(t *testing.T) (uids map[string][]string, counted map[string]int) {
+// what weft status counts, by node. It is an error if weft status complains, as
+// it does while a ztunnel is started again, for example.
+func captured(t *testing.T) (uids map[string][]string, counted map[string]int, err error) {
 	t.Helper()
 	var list struct {
 		Items []struct {
@@ -46,7 +47,7 @@ func captured(t *testing.T) (uids map[string][]string, counted map[string]int) {
 	}
 	out, err := world.a.Weft(t.Context(), world.c, "status", "-o", "json")
 	if err != nil {
-		t.Fatal(err)
+		return nil, nil, err
 	}
 	var status struct {
 		Nodes []struct {
@@ -60,7 +61,7 @@ func captured(t *testing.T) (uids map[string][]string, counted map[string]int) {
 	for _, n := range status.Nodes {
 		counted[n.Node] = len(n.Agent.Pods)
 	}
-	return uids, counted
+	return uids, counted, nil
 }
 
 // wantNoLeaks waits until kernel, agent and Kubernetes agree on which pods are
@@ -68,7 +69,10 @@ func captured(t *testing.T) (uids map[string][]string, counted map[string]int) {
 func wantNoLeaks(t *testing.T) {
 	t.Helper()
 	eventually(t, patience, func() error {
-		uids, counted := captured(t)
+		uids, counted, err := captured(t)
+		if err != nil {
+			return err
+		}
 		for node, living := range uids {
 			slices.Sort(living)
 			if got := pinned(t, node); !slices.Equal(got, living) {
