@@ -13,7 +13,7 @@ import (
 
 // Bounds of what is kept: a failure is named, the whole of it is in the output.
 const (
-	maxLines = 40   // of one test, its last
+	maxLines = 40   // of one test, its first and its last
 	maxLine  = 1000 // bytes of a line
 	maxTests = 30
 	ending   = 12 // lines of the output's end
@@ -110,7 +110,14 @@ func (l *Log) other(s string) {
 	}
 }
 
-func (l *Log) say(s string) { l.said[l.name] = last(append(l.said[l.name], s), maxLines) }
+func (l *Log) say(s string) {
+	lines := append(l.said[l.name], s)
+	if len(lines) > maxLines {
+		lines = slices.Delete(lines, maxLines/2, maxLines/2+1)
+		lines[maxLines/2] = "..."
+	}
+	l.said[l.name] = lines
+}
 
 // tests tells of the failed tests of the package that is being read.
 func (l *Log) tests() []string {

@@ -122,8 +122,8 @@ func TestReportIsBounded(t *testing.T) {
 	var log Log
 	for i := range 2 * maxTests {
 		fmt.Fprintf(&log, "=== RUN   Test%d\n", i)
-		for range 2 * maxLines {
-			fmt.Fprintf(&log, "    a_test.go:1: %s\n", strings.Repeat("x", 2*maxLine))
+		for j := range 2 * maxLines {
+			fmt.Fprintf(&log, "    a_test.go:%d: %s\n", j+1, strings.Repeat("x", 2*maxLine))
 		}
 		fmt.Fprintf(&log, "--- FAIL: Test%d (0.00s)\n", i)
 	}
@@ -131,6 +131,11 @@ func TestReportIsBounded(t *testing.T) {
 	log.Report(&got, "title")
 	if n := bytes.Count(got.Bytes(), []byte("\n")); n > 2+maxTests*(maxLines+1) || got.Len() > n*(maxLine+20) {
 		t.Errorf("got %d lines, %d bytes", n, got.Len())
+	}
+	for _, want := range []string{"a_test.go:1: ", "a_test.go:2: ", "\n  |     ...\n", fmt.Sprintf("a_test.go:%d: ", 2*maxLines)} {
+		if strings.Count(got.String(), want) != maxTests {
+			t.Errorf("%q is not said of each test", want)
+		}
 	}
 	if !strings.HasSuffix(got.String(), fmt.Sprintf("and %d more\n", maxTests)) {
 		t.Error("what is left out is not counted")
