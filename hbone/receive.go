@@ -22,11 +22,23 @@ func (t *Tunnel) Receive(now time.Time, p []byte, ev Events) error {
 			return nil
 		}
 		p = rest
+		t.more = f.Type == http2.Data && !f.Flags.Has(http2.EndStream) && beginsWithData(rest, f.StreamID)
 		if err := t.frame(now, f, ev); err != nil {
 			t.fail(err)
 		}
 	}
+	t.more = false
 	return fmt.Errorf("tunnel: %w", t.fatal)
+}
+
+// beginsWithData reports whether p, if a frame begins there, begins with data of
+// the stream.
+func beginsWithData(p []byte, id uint32) bool {
+	if len(p) <= http2.HeaderLen {
+		return false
+	}
+	h := http2.ParseHeader(p)
+	return h.Type == http2.Data && h.StreamID == id && h.Length > 0 && !h.Flags.Has(http2.Padded)
 }
 
 // frame acts on one frame or piece of DATA. An error ends the tunnel.

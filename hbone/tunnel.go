@@ -86,7 +86,8 @@ type Tunnel struct {
 	goAway   goAwayState
 	ping     pingState
 
-	framePayload int // data of the DATA frame that is being read, so far
+	framePayload int  // data of the DATA frame that is being read, so far
+	more         bool // while Data runs: see More
 }
 
 // streamState is one stream that is not closed.
@@ -314,6 +315,11 @@ func (t *Tunnel) appendData(dst []byte, id uint32, s *streamState, n int, end bo
 	t.guard.Moved(n)
 	return http2.AppendHeader(dst, h)
 }
+
+// More reports, while Data runs, whether more data of the same stream has come
+// already: then the driver's next event is Data for it, or the stream or the
+// tunnel ends for what the peer did.
+func (t *Tunnel) More() bool { return t.more }
 
 // Consumed notes that n bytes that Data passed on have been read, or dropped,
 // so that the peer may send more.

@@ -31,6 +31,7 @@ type foreign struct {
 	events []string
 	data   map[uint32]int
 	auto   func(*foreign, uint32) // what a server does with a request
+	more   uint32                 // the stream of which More has promised data
 	dec    *hpack.Decoder
 	err    error
 }
@@ -73,6 +74,7 @@ func (f *foreign) feed() error {
 	b := bytes.Clone(f.in.Bytes())
 	f.in.Reset()
 	f.err = f.tunnel.Receive(f.now, b, f)
+	f.kept(f.err)
 	return f.err
 }
 
@@ -153,7 +155,18 @@ func describe(frame h2.Frame) string {
 	return h.Type.String()
 }
 
+// kept checks, when Receive has returned, that More has kept its promise.
+func (f *foreign) kept(err error) {
+	f.t.Helper()
+	if f.more != 0 && err == nil {
+		f.t.Errorf("more data of stream %d was promised, and has not come", f.more)
+	}
+}
+
 func (f *foreign) note(format string, args ...any) {
+	if f.more != 0 {
+		f.t.Errorf("more data of stream %d was promised, and then it is %q", f.more, fmt.Sprintf(format, args...))
+	}
 	f.events = append(f.events, fmt.Sprintf(format, args...))
 }
 
@@ -164,9 +177,21 @@ func (f *foreign) Requested(id uint32, authority string, _ Header) {
 	}
 }
 func (f *foreign) Answered(id uint32, status int, _ Header) { f.note("answered %d %d", id, status) }
-func (f *foreign) Data(id uint32, p []byte)                 { f.data[id] += len(p) }
 func (f *foreign) Ended(id uint32)                          { f.note("ended %d", id) }
+func (f *foreign) Data(id uint32, p []byte) {
+	if f.more != 0 && f.more != id {
+		f.t.Errorf("more data of stream %d was promised, and then it is of %d", f.more, id)
+	}
+	f.more = 0
+	if f.tunnel.More() {
+		f.more = id
+	}
+	f.data[id] += len(p)
+}
 func (f *foreign) Aborted(id uint32, err *http2.StreamError, refused bool) {
+	if f.more == id {
+		f.more = 0
+	}
 	f.note("aborted %d %v refused=%v", id, err.Code, refused)
 }
 func (f *foreign) Writable(uint32) {}
@@ -769,6 +794,75 @@ func TestReceiveInPieces(t *testing.T) {
 	}
 }
 
+// TestMore says when more of a stream is there. That it is true only when more
+// does come is checked with all that a foreign ever writes.
+func TestMore(t *testing.T) {
+	first := func(f *foreign) { f.must(f.fr.WriteData(1, false, []byte("one"))) }
+	for _, tc := range []struct {
+		name string
+		send func(f *foreign)
+		want bool // of the first data
+	}{
+		{"nothing follows", first, false},
+		{"data follows", func(f *foreign) { first(f); f.must(f.fr.WriteData(1, false, []byte("two"))) }, true},
+		{"the last data follows", func(f *foreign) { first(f); f.must(f.fr.WriteData(1, true, []byte("two"))) }, true},
+		{"a part of data follows", func(f *foreign) {
+			first(f)
+			f.must(f.fr.WriteData(1, false, []byte("two")))
+			f.in.Truncate(f.in.Len() - 2)
+		}, true},
+		{"a header follows", func(f *foreign) {
+			first(f)
+			f.must(f.fr.WriteData(1, false, []byte("two")))
+			f.in.Truncate(f.in.Len() - 3)
+		}, false},
+		{"data of another stream follows", func(f *foreign) {
+			f.connect(3)
+			first(f)
+			f.must(f.fr.WriteData(3, false, []byte("two")))
+		}, false},
+		{"empty data follows", func(f *foreign) { first(f); f.must(f.fr.WriteData(1, false, nil)) }, false},
+		{"padding follows", func(f *foreign) { first(f); f.must(f.fr.WriteDataPadded(1, false, nil, make([]byte, 9))) }, false},
+		{"the end", func(f *foreign) { f.must(f.fr.WriteData(1, true, []byte("one"))) }, false},
+		{"data follows the end", func(f *foreign) {
+			f.must(f.fr.WriteData(1, true, []byte("one")))
+			f.must(f.fr.WriteData(1, false, []byte("two")))
+		}, false},
+		{"too much follows", func(f *foreign) { first(f); f.must(f.fr.WriteData(1, false, make([]byte, 65536))) }, true},
+		{"a broken frame follows", func(f *foreign) {
+			first(f)
+			f.must(f.fr.WriteData(1, false, make([]byte, 1<<20+1)))
+		}, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			f := greeted(t, ServerRole, Limits{StreamWindow: 65535})
+			f.auto = accept
+			f.connect(1)
+			f.must(f.feed())
+			tc.send(f)
+			m := &mores{foreign: f}
+			_ = f.tunnel.Receive(f.now, f.in.Bytes(), m) // what follows may be an error
+			if len(m.got) == 0 || m.got[0] != tc.want {
+				t.Errorf("more: %v, want %v first", m.got, tc.want)
+			}
+			if f.tunnel.More() {
+				t.Error("more, when all was read")
+			}
+		})
+	}
+}
+
+// mores notes what More says.
+type mores struct {
+	*foreign
+	got []bool
+}
+
+func (m *mores) Data(id uint32, p []byte) {
+	m.got = append(m.got, m.tunnel.More())
+	m.foreign.Data(id, p)
+}
+
 func FuzzServerTunnel(f *testing.F) { fuzzTunnel(f, ServerRole) }
 func FuzzClientTunnel(f *testing.F) { fuzzTunnel(f, ClientRole) }
 func fuzzTunnel(f *testing.F, r Role) {
@@ -794,7 +888,9 @@ func fuzzTunnel(f *testing.F, r Role) {
 			}
 		}
 		for piece := range slices.Chunk(in, int(cut)+1) {
-			if err := p.tunnel.Receive(p.now, piece, p); err != nil {
+			err := p.tunnel.Receive(p.now, piece, p)
+			p.kept(err)
+			if err != nil {
 				break
 			}
 			for id := range p.tunnel.streams {

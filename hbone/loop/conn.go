@@ -170,6 +170,10 @@ func (c *Conn) over(err error) {
 // dropConn takes c out of its tunnel and the loop's table.
 func (l *eventLoop) dropConn(c *Conn) {
 	t := c.tunnel
+	if l.parcel.to == c {
+		t.core.Consumed(c.id, l.parcel.size)
+		l.parcel.clear()
+	}
 	if q := c.queue; q != nil {
 		n := q.n
 		if t.ahead[c.id] == 0 {
@@ -259,6 +263,9 @@ func (l *eventLoop) readApp(c *Conn, turns int) {
 				t.emit(nil)
 			}
 		} else {
+			if n == want && turns > 1 {
+				t.cork() // a full read promises another
+			}
 			t.emit(t.core.Pieces(c.id, l.read, n))
 		}
 		if n < want && !c.is(connGreedy) {
@@ -318,38 +325,63 @@ func (l *eventLoop) later(c *Conn) {
 }
 
 // deliver gives p to the application, and queues what it does not take. What
-// was taken is Consumed, and so is all of it if the connection ends.
+// was taken is Consumed, and so is all of it if the connection ends. While more
+// of the stream is there, p waits for it in l.parcel.
 func (l *eventLoop) deliver(c *Conn, p []byte) {
-	t := c.tunnel
-	n := 0
-	if c.queue == nil && c.is(connOpen) {
-		var e syscall.Errno
-		for n, e = send(c.fd, p); e == unix.EINTR; {
-			n, e = send(c.fd, p)
-		}
-		if e == unix.EAGAIN {
-			n = 0
-		} else if e != 0 {
-			t.core.Consumed(c.id, len(p))
-			l.endConn(c, appError("write", e))
-			return
-		}
-		c.toApp.Add(int64(n))
-		t.core.Consumed(c.id, n)
+	if l.parcel.to != c {
+		l.finishParcel()
 	}
-	if p = p[n:]; len(p) == 0 {
+	if c.queue != nil || !c.is(connOpen) {
+		l.enqueue(c, p)
 		return
 	}
+	more := c.tunnel.core.More()
+	if more || l.parcel.to == c {
+		l.parcel.add(c, p)
+		if !more || l.parcel.full() {
+			l.finishParcel()
+		}
+		return
+	}
+	n, e := send(c.fd, p)
+	for e == unix.EINTR {
+		n, e = send(c.fd, p)
+	}
+	if n, ok := l.took(c, n, e, len(p)); ok && n < len(p) {
+		l.enqueue(c, p[n:])
+	}
+}
+
+// took accounts for what the application took of size bytes, n or none at all
+// because of e. It reports false if that has ended the connection.
+func (l *eventLoop) took(c *Conn, n int, e syscall.Errno, size int) (int, bool) {
+	if e == unix.EAGAIN {
+		n = 0
+	} else if e != 0 {
+		c.tunnel.core.Consumed(c.id, size)
+		l.endConn(c, appError("write", e))
+		return 0, false
+	}
+	c.toApp.Add(int64(n))
+	c.tunnel.core.Consumed(c.id, n)
+	return n, true
+}
+
+// enqueue keeps p until the application takes it. It reports false if the
+// connection has ended instead.
+func (l *eventLoop) enqueue(c *Conn, p []byte) bool {
+	t := c.tunnel
 	if l.overCap() && c.queue != nil && c.queue.n > fairShare {
 		t.core.Consumed(c.id, len(p))
 		l.endConn(c, errNodeFull)
-		return
+		return false
 	}
 	if c.queue == nil {
 		c.queue = l.store.queue()
 	}
 	c.queue.write(&l.store, p)
 	l.unread(t, len(p))
+	return true
 }
 
 // drainQueue gives the application what waits for it.

@@ -80,6 +80,7 @@ type eventLoop struct {
 	read   []byte // of applications
 	sealed []byte // to be sent
 	iov    []unix.Iovec
+	parcel parcel
 	store  store
 
 	sleepless int         // batches without a sleep between them, less what sleep made up for

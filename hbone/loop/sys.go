@@ -27,6 +27,12 @@ func send(fd int32, p []byte) (int, syscall.Errno) {
 	return result(n, e)
 }
 
+// sendmsg is send from the places that m names.
+func sendmsg(fd int32, m *unix.Msghdr) (int, syscall.Errno) {
+	n, _, e := syscall.RawSyscall6(unix.SYS_SENDMSG, uintptr(fd), uintptr(unsafe.Pointer(m)), unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, 0, 0, 0)
+	return result(n, e)
+}
+
 // recv reads from a socket what is there.
 func recv(fd int32, p []byte) (int, syscall.Errno) {
 	n, _, e := syscall.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), unix.MSG_DONTWAIT, 0, 0)
@@ -104,6 +110,17 @@ func linger(fd int32, l unix.Linger) error {
 		return os.NewSyscallError("setsockopt", e)
 	}
 	return nil
+}
+
+// cork makes the kernel keep a last packet that is not full for what comes
+// next, or send it (tcp(7), TCP_CORK).
+func cork(fd int32, on bool) {
+	var v int32
+	if on {
+		v = 1
+	}
+	// It fails only if the connection is gone.
+	_, _, _ = syscall.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), unix.IPPROTO_TCP, unix.TCP_CORK, uintptr(unsafe.Pointer(&v)), unsafe.Sizeof(v), 0)
 }
 
 // shutdown ends what is written to a socket.

@@ -53,6 +53,7 @@ type tunnel struct {
 	queued   int // bytes in the queues of all connections
 
 	blocked bool  // the socket is full
+	corked  bool  // the socket keeps a packet that is not full, until the end of the batch
 	greedy  bool  // a short read does not mean that all was read
 	dirty   bool  // in loop.dirty
 	again   bool  // in loop.againTunnels
@@ -144,6 +145,16 @@ func (t *tunnel) emit(p []byte) {
 		return
 	}
 	t.write(out, out)
+}
+
+// cork lets the socket send only full packets until the end of the batch, as
+// more follows at once. Else the last bytes of each read would go in a packet
+// of their own, which costs the way through two nodes like a full one.
+func (t *tunnel) cork() {
+	if !t.corked {
+		t.corked = true
+		cork(t.fd, true)
+	}
 }
 
 // protect seals p, which it changes for the while, and first pays the change
@@ -285,7 +296,9 @@ func (l *eventLoop) input(t *tunnel, p []byte) {
 	t.owed = t.open.KeyUpdateOwed() || t.owed
 	if len(plain) > 0 {
 		l.touch(t)
-		if err := t.core.Receive(l.now, plain, t); err != nil {
+		err := t.core.Receive(l.now, plain, t)
+		l.finishParcel()
+		if err != nil {
 			l.endTunnel(t, err, true)
 			return
 		}
@@ -412,6 +425,10 @@ func (l *eventLoop) flush(t *tunnel) {
 	}
 	if !t.full() && len(t.core.Output()) > 0 {
 		t.emit(nil)
+	}
+	if t.corked {
+		t.corked = false
+		cork(t.fd, false)
 	}
 	if t.sendErr != nil {
 		// The peer may have said why, with TLS 1.3 also why it refused our
