@@ -16,9 +16,13 @@ import (
 // one before it still has it.
 const claimPause = 50 * time.Millisecond
 
+func (c *Client) claimAddr() *net.UnixAddr {
+	return &net.UnixAddr{Name: "@weft-ztunnel/" + c.cfg.Pair, Net: "unix"}
+}
+
 // claim takes the pair's claim if nobody has it. c.claimed keeps it.
 func (c *Client) claim() bool {
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: "@weft-ztunnel/" + c.cfg.Pair, Net: "unix"})
+	l, err := net.ListenUnix("unix", c.claimAddr())
 	if err != nil {
 		return false
 	}
@@ -62,7 +66,22 @@ func (c *Client) keepClaim(ctx context.Context) {
 		case <-tick.C:
 		}
 	}
+	close(c.alone)
 	<-ctx.Done()
+}
+
+// twinLives reports whether this ztunnel stands by and another of the pair has
+// the claim: an active one lives, although the agent may not know it yet.
+func (c *Client) twinLives() bool {
+	if c.Active() {
+		return false
+	}
+	l, err := net.ListenUnix("unix", c.claimAddr())
+	if err != nil {
+		return true
+	}
+	l.Close()
+	return false
 }
 
 // succeed makes this ztunnel active if it stands by, the agent is gone, and

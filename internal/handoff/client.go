@@ -60,8 +60,9 @@ type Client struct {
 	active    atomic.Bool
 	activated chan struct{} // closed when active is set
 	claims    sync.Mutex
-	claimed   net.Listener // the claim of the active one; guarded by claims
-	greeted   bool         // the agent was told of this ztunnel once
+	claimed   net.Listener  // the claim of the active one; guarded by claims
+	alone     chan struct{} // closed when this one is active and has the claim
+	greeted   bool          // the agent was told of this ztunnel once
 	synced    chan struct{}
 	once      sync.Once
 }
@@ -69,7 +70,7 @@ type Client struct {
 // NewClient returns a client that does nothing until Run.
 func NewClient(cfg ClientConfig) *Client {
 	cfg.Retry = cmp.Or(cfg.Retry, 200*time.Millisecond)
-	return &Client{cfg: cfg, synced: make(chan struct{}), activated: make(chan struct{})}
+	return &Client{cfg: cfg, synced: make(chan struct{}), activated: make(chan struct{}), alone: make(chan struct{})}
 }
 
 // Synced is closed when the first snapshot is complete.
@@ -77,6 +78,11 @@ func (c *Client) Synced() <-chan struct{} { return c.synced }
 
 // Active reports whether this ztunnel is to accept connections.
 func (c *Client) Active() bool { return c.cfg.Pair == "" || c.active.Load() }
+
+// Alone is closed when this ztunnel is active and no other of its pair is that
+// was active before it: two are for a while when the agent has lost sight of
+// one. Without a pair it never is.
+func (c *Client) Alone() <-chan struct{} { return c.alone }
 
 // Connected reports whether the agent is there.
 func (c *Client) Connected() bool { return c.connected.Load() }
@@ -162,7 +168,7 @@ func (c *Client) greet(p *pipe) error {
 	p.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
 	if err := p.send(message{
 		Kind: hello, Version: Version, Instance: c.cfg.Instance, DNS: c.cfg.DNS,
-		Pair: c.cfg.Pair, Active: c.Active(), Eager: !c.cfg.Standby && !c.greeted,
+		Pair: c.cfg.Pair, Active: c.Active(), Eager: !c.cfg.Standby && !c.greeted, Twin: c.twinLives(),
 	}, Files{}); err != nil {
 		return err
 	}

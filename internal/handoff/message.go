@@ -10,7 +10,7 @@ import (
 type kind string
 
 const (
-	hello       kind = "hello"       // ztunnel: Version, Instance, DNS, Pair, Active, Eager
+	hello       kind = "hello"       // ztunnel: Version, Instance, DNS, Pair, Active, Eager, Twin
 	hold        kind = "hold"        // ztunnel: Pod and the files that it serves it with
 	holdEnd     kind = "holdEnd"     // ztunnel: all holds are sent
 	ack         kind = "ack"         // ztunnel: Seq of the request, Error if it failed
@@ -36,6 +36,7 @@ type message struct {
 	Pair     string `json:"pair,omitempty"`   // one of those with this name is to be active; empty: it is always
 	Active   bool   `json:"active,omitempty"` // it accepts connections already
 	Eager    bool   `json:"eager,omitempty"`  // it is to be the active one if there is none
+	Twin     bool   `json:"twin,omitempty"`   // an active one of its pair lives, and will connect
 	Pairs    bool   `json:"pairs,omitempty"`  // the agent knows of pairs, and says who is active
 	Seq      uint64 `json:"seq,omitempty"`
 	Pod      *Pod   `json:"pod,omitempty"`

@@ -302,6 +302,7 @@ type proxy struct {
 	pair     string
 	active   bool // it accepts connections, or is being told to; guarded by Server.mu once it has joined
 	eager    bool // wants to be the active one of its pair
+	twin     bool // knows that an active one of its pair lives
 	timeout  time.Duration
 	acks     chan message
 	gone     chan struct{} // closed when nobody reads its answers any more

@@ -20,22 +20,29 @@ import (
 // that has just started hears of them in any order.
 const electWait = time.Second
 
+// twinFactor is how much longer it waits for one of which it knows that it
+// lives: that one is late because the node is busy, and two active ones would
+// each have connections of their own from then on. It may hang, so there is an
+// end to that.
+const twinFactor = 10
+
 // watchEvery is how often an active ztunnel is asked whether it still answers.
 // It has ServerConfig.AckTimeout for that.
 const watchEvery = time.Second
 
 // introduce takes what a hello says of pair and activity.
 func (p *proxy) introduce(m message) {
-	p.pair, p.active, p.eager = m.Pair, m.Active || m.Pair == "", m.Eager
+	p.pair, p.active, p.eager, p.twin = m.Pair, m.Active || m.Pair == "", m.Eager, m.Twin
 }
 
 // join makes p the newest ztunnel, and active if it wants to be the active one
-// of its pair and there is none. told reports that p does not know that yet.
+// of its pair and there is none, neither here nor, as p knows, on its way. told
+// reports that p does not know that yet.
 func (s *Server) join(p *proxy) (told bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.proxies = append(s.proxies, p)
-	if p.eager && !p.active && !s.served(p.pair) {
+	if p.eager && !p.active && !p.twin && !s.served(p.pair) {
 		p.active, told = true, true
 	}
 	s.wake()
@@ -101,7 +108,11 @@ func (s *Server) elect(ctx context.Context, p *proxy) {
 	if p.pair == "" {
 		return
 	}
-	wait := time.NewTimer(cmp.Or(s.cfg.ElectWait, electWait))
+	patience := cmp.Or(s.cfg.ElectWait, electWait)
+	if p.twin {
+		patience *= twinFactor
+	}
+	wait := time.NewTimer(patience)
 	defer wait.Stop()
 	select {
 	case <-ctx.Done():

@@ -129,6 +129,56 @@ func TestRestartedAgentLeavesTheActiveOneActive(t *testing.T) {
 	}
 }
 
+// An agent that does not see the active one, which lives, does not make another
+// of its pair active at once: whether that stands by, or has just been started
+// to be the active one.
+func TestActiveOneThatIsLate(t *testing.T) {
+	dir := t.TempDir()
+	startServer(t, ServerConfig{Path: filepath.Join(dir, "1")})
+	a := startTwin(t, filepath.Join(dir, "1"), t.Name(), "a", false)
+	eventually(t, "the claim of the active one", a.hasClaim)
+
+	const electWait = 50 * time.Millisecond
+	s := startServer(t, ServerConfig{Path: filepath.Join(dir, "2"), ElectWait: electWait})
+	for _, standby := range []bool{true, false} {
+		began := time.Now()
+		b := startTwin(t, filepath.Join(dir, "2"), t.Name(), "b", standby)
+		b.synced(t)
+		eventually(t, "another active one", b.Active)
+		if took := time.Since(began); took < twinFactor*electWait {
+			t.Errorf("standby %v: active after %v, although another is that lives; want %v", standby, took, twinFactor*electWait)
+		}
+		b.stop()
+		eventually(t, "its end", func() bool { n, _ := s.Connected(); return n == 0 })
+	}
+}
+
+// Of two that are active one is alone: the other, when that has ended.
+func TestAlone(t *testing.T) {
+	dir := t.TempDir()
+	startServer(t, ServerConfig{Path: filepath.Join(dir, "1")})
+	startServer(t, ServerConfig{Path: filepath.Join(dir, "2"), ElectWait: time.Millisecond})
+	alone := func(w *twin) bool {
+		select {
+		case <-w.Alone():
+			return true
+		default:
+			return false
+		}
+	}
+	a := startTwin(t, filepath.Join(dir, "1"), t.Name(), "a", false)
+	eventually(t, "the first one to be alone", func() bool { return alone(a) })
+	b := startTwin(t, filepath.Join(dir, "2"), t.Name(), "b", true)
+	eventually(t, "two active ones", b.Active)
+	tries := time.NewTimer(3 * claimPause)
+	<-tries.C
+	if alone(b) {
+		t.Error("both are alone")
+	}
+	a.stop()
+	eventually(t, "the other one to be alone", func() bool { return alone(b) })
+}
+
 // In an update the new pod's ztunnel serves beside the old one, and its pods
 // go to it; the pair of the old one stays as it is.
 func TestPairsDoNotMix(t *testing.T) {
