@@ -97,10 +97,10 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 	})
 	turn.synced = agent.Synced()
 	after = newSuccession(&succession{
-		path: c.handoverPath, instance: c.instance(), standby: c.standby, proxy: proxy, tookOver: proxy.TookOver, activated: turn.activated, log: log,
+		path: c.handoverPath, instance: c.instance(), standby: c.standby, proxy: proxy, tookOver: proxy.TookOver, alone: agent.Alone(), log: log,
 		warm: func(ctx context.Context) error { return warm(ctx, client, agent, proxy) },
 	})
-	pages := pages{proxy: proxy, store: store, level: level, ready: func() error { return ready(client, agent, roots) }}
+	pages := pages{proxy: proxy, store: store, level: level, ready: func() error { return ready(client, agent, roots, after.joined) }}
 
 	return run.UntilDrained(ctx, stopAll, proxy.Run,
 		roots.Run, manager.Run, client.Run,
@@ -145,8 +145,9 @@ func warm(ctx context.Context, client *feed.Client, agent *handoff.Client, proxy
 	return proxy.Warm(ctx)
 }
 
-// ready reports, as an error, why this ztunnel is not ready.
-func ready(client *feed.Client, agent *handoff.Client, roots *identity.RootsFile) error {
+// ready reports, as an error, why this ztunnel is not ready. In a rollout the one
+// before it ends as soon as it is.
+func ready(client *feed.Client, agent *handoff.Client, roots *identity.RootsFile, joined <-chan struct{}) error {
 	select {
 	case <-client.Synced():
 	default:
@@ -162,6 +163,11 @@ func ready(client *feed.Client, agent *handoff.Client, roots *identity.RootsFile
 	}
 	if !roots.Loaded() {
 		return errors.New("there are no roots to verify peers by")
+	}
+	select {
+	case <-joined:
+	default:
+		return errors.New("the ztunnel before this one has not heard yet that its connections can be taken over")
 	}
 	return nil
 }

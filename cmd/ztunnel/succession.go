@@ -16,25 +16,32 @@ import (
 // take over.
 const redialPause = 500 * time.Millisecond
 
+// joinPatience bounds how long a ztunnel is not ready because the one before it
+// does not know of it yet: that may hang, or one pod may never get a certificate.
+const joinPatience = 30 * time.Second
+
 // A succession takes the connections of the ztunnel before this one, and gives
 // those of this one to the next.
 type succession struct {
-	path      string
-	instance  string
-	standby   bool
-	proxy     handover.Taker
-	warm      func(ctx context.Context) error // returns when this ztunnel could take over
-	tookOver  func() []any                    // what the log says of tunnels that were taken over
-	activated <-chan struct{}
-	log       *slog.Logger
-	server    *handover.Server
-	given     chan struct{} // closed when there is nothing left to give
-	once      sync.Once
+	path     string
+	instance string
+	standby  bool
+	proxy    handover.Taker
+	warm     func(ctx context.Context) error // returns when this ztunnel could take over
+	tookOver func() []any                    // what the log says of tunnels that were taken over
+	alone    <-chan struct{}                 // closed when this ztunnel is active, and the other of its pod is not
+	log      *slog.Logger
+	server   *handover.Server
+	joined   chan struct{} // closed when the one before knows of this one, or there is none
+	join     func()        // closes it
+	given    chan struct{} // closed when there is nothing left to give
+	once     sync.Once
 }
 
 // newSuccession completes s, whose path, instance, proxy and functions are set.
 func newSuccession(s *succession) *succession {
-	s.given = make(chan struct{})
+	s.given, s.joined = make(chan struct{}), make(chan struct{})
+	s.join = sync.OnceFunc(func() { close(s.joined) })
 	s.server = handover.NewServer(handover.ServerConfig{Path: s.path, Parts: []uint32{ztunnel.PartVersion}, Log: s.log})
 	return s
 }
@@ -86,7 +93,9 @@ func (s *succession) run(ending, inner context.Context) error {
 }
 
 // inherit returns true when this ztunnel is active and nobody is before it, and
-// false when ctx ends.
+// false when ctx ends. While the other one of the pod is active too, that one is
+// before it, whether it answers just now or not: successors must find the one
+// with the connections.
 func (s *succession) inherit(ctx context.Context) bool {
 	ready := make(chan struct{})
 	warm, stop := context.WithCancel(ctx)
@@ -102,11 +111,13 @@ func (s *succession) inherit(ctx context.Context) bool {
 	if s.standby {
 		rank = 0
 	}
+	patience := time.AfterFunc(joinPatience, s.join)
+	defer patience.Stop()
 	var last string
 	for {
 		_, err := handover.Take(ctx, handover.ClientConfig{
 			Path: s.path, Greeting: handover.Greeting{Instance: s.instance, Rank: rank, Parts: []uint32{ztunnel.PartVersion}},
-			Taker: s.proxy, Ready: ready, Log: s.log,
+			Taker: s.proxy, Ready: ready, Joined: s.join, Log: s.log,
 		})
 		nobody := errors.Is(err, handover.ErrNobody)
 		switch {
@@ -119,8 +130,9 @@ func (s *succession) inherit(ctx context.Context) bool {
 			s.log.Info("the ztunnel before this one has ended, or cannot hand over", "error", err)
 		}
 		if err == nil || nobody {
+			s.join()
 			select {
-			case <-s.activated:
+			case <-s.alone:
 				return true
 			default:
 			}

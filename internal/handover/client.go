@@ -30,7 +30,10 @@ type ClientConfig struct {
 	Taker    Taker
 	// Ready is closed when this process serves what its predecessor does.
 	Ready <-chan struct{}
-	Log   *slog.Logger
+	// Joined is called when the predecessor was told of that: from then on it
+	// gives its connections to this process, should it end. Nil does nothing.
+	Joined func()
+	Log    *slog.Logger
 }
 
 // ErrNobody says that there is no predecessor.
@@ -66,6 +69,9 @@ func Take(ctx context.Context, cfg ClientConfig) (parts int, err error) {
 	}
 	if err := p.send(message{kind: ready}); err != nil {
 		return 0, err
+	}
+	if cfg.Joined != nil {
+		cfg.Joined()
 	}
 	var early luggage
 	defer early.clear()
