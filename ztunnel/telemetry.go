@@ -230,7 +230,10 @@ type flowError struct {
 	err  error
 }
 
+// Error says why, without the step.
 func (e *flowError) Error() string { return e.err.Error() }
+
+// Unwrap returns why.
 func (e *flowError) Unwrap() error { return e.err }
 
 func denyf(format string, args ...any) error {

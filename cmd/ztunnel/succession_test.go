@@ -44,11 +44,14 @@ func TestJoined(t *testing.T) {
 	old := handover.NewServer(handover.ServerConfig{Path: path, Parts: []uint32{ztunnel.PartVersion}, Log: discard()})
 	stopped := make(chan error, 1)
 	go func() { stopped <- old.Run(ctx) }()
-	for deadline := time.Now().Add(joinPatience / 2); ; time.Sleep(time.Millisecond) {
+	deadline, tick := time.After(joinPatience/2), time.Tick(time.Millisecond)
+	for {
 		if _, err := os.Stat(path); err == nil {
 			break
 		}
-		if time.Now().After(deadline) {
+		select {
+		case <-tick:
+		case <-deadline:
 			t.Fatal("the one before does not listen")
 		}
 	}

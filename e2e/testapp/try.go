@@ -85,6 +85,7 @@ type withHost struct {
 	host string
 }
 
+// RoundTrip sends a copy of r to the host.
 func (w withHost) RoundTrip(r *http.Request) (*http.Response, error) {
 	r = r.Clone(r.Context())
 	r.Host = w.host

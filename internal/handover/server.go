@@ -236,9 +236,10 @@ func (h *Heir) end() {
 }
 
 // Give offers a part, and returns nil if it is the successor's from then on,
-// which may have gone already: the caller must not touch it any more. After an error it is the caller's as
-// before; ErrDeclined says that the next part may be taken. files stay the
-// caller's, who closes its own. text is the caller's to clear.
+// which may have gone already: the caller must not touch it any more. After an
+// error it is the caller's as before; ErrDeclined says that the next part may be
+// taken. files stay the caller's, who closes its own. text is the caller's to
+// clear.
 func (h *Heir) Give(text []byte, files []int) error {
 	if len(text) > MaxText || len(files) > MaxPartFiles {
 		return fmt.Errorf("%w: it has %d bytes and %d files", ErrDeclined, len(text), len(files))

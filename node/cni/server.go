@@ -91,6 +91,7 @@ type rootOnly struct {
 	log *slog.Logger
 }
 
+// Accept returns the next connection of a root process, and closes the others.
 func (l rootOnly) Accept() (net.Conn, error) {
 	for {
 		c, err := l.Listener.Accept()
