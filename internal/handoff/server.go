@@ -142,7 +142,11 @@ func (s *Server) serve(ctx context.Context, c *net.UnixConn) {
 	wg.Go(func() { s.watch(ctx, p) })
 	wg.Go(func() {
 		defer func() { <-p.turn }()
-		if err := s.snapshot(p, activated); err != nil && ctx.Err() == nil {
+		err := s.snapshot(p, activated)
+		switch {
+		case err == nil:
+			s.ready(p)
+		case ctx.Err() == nil:
 			s.cfg.Log.Error("the pods of this node could not be handed to ztunnel: its connection is closed, it will be told again when it is back", "instance", p.instance, "error", err)
 			c.Close()
 		}
@@ -300,9 +304,12 @@ type proxy struct {
 	instance string
 	dns      bool // takes the sockets for name queries
 	pair     string
-	active   bool // it accepts connections, or is being told to; guarded by Server.mu once it has joined
-	eager    bool // wants to be the active one of its pair
-	twin     bool // knows that an active one of its pair lives
+	active   bool          // it accepts connections, or is being told to; guarded by Server.mu once it has joined
+	eager    bool          // wants to be the active one of its pair
+	twin     bool          // knows that an active one of its pair lives
+	synced   bool          // has all pods; guarded by Server.mu
+	late     bool          // was not activated at once when the active one of its pair left; guarded by Server.mu
+	again    chan struct{} // full when it is to be elected because of that
 	timeout  time.Duration
 	acks     chan message
 	gone     chan struct{} // closed when nobody reads its answers any more
@@ -317,6 +324,7 @@ func newProxy(c *net.UnixConn, timeout time.Duration) *proxy {
 		timeout: timeout,
 		acks:    make(chan message),
 		gone:    make(chan struct{}),
+		again:   make(chan struct{}, 1),
 		turn:    make(chan struct{}, 1),
 		pipe:    newPipe(c),
 	}

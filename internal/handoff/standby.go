@@ -14,17 +14,22 @@ import (
 // the same pods and stands by: when the connection of the active one ends, as
 // the kernel makes it the moment that the process dies, the agent activates
 // the one that stands by. A ztunnel that names no pair is always active.
+//
+// In a rollout a pair ends as a whole, the active one a moment before the other.
+// That one would drain what it accepts in this moment, so it is not activated at
+// once while a ztunnel of another pair serves the node.
 
 // electWait is how long a ztunnel that stands by waits for an active one of
 // its pair to say that it is there, after it has connected itself. An agent
 // that has just started hears of them in any order.
 const electWait = time.Second
 
-// twinFactor is how much longer it waits for one of which it knows that it
+// patientFactor is how much longer it waits for one of which it knows that it
 // lives: that one is late because the node is busy, and two active ones would
 // each have connections of their own from then on. It may hang, so there is an
-// end to that.
-const twinFactor = 10
+// end to that. So long it also waits for its own end when the active one has left
+// and another pair serves the node.
+const patientFactor = 10
 
 // watchEvery is how often an active ztunnel is asked whether it still answers.
 // It has ServerConfig.AckTimeout for that.
@@ -33,6 +38,13 @@ const watchEvery = time.Second
 // introduce takes what a hello says of pair and activity.
 func (p *proxy) introduce(m message) {
 	p.pair, p.active, p.eager, p.twin = m.Pair, m.Active || m.Pair == "", m.Eager, m.Twin
+}
+
+// ready notes that p has all pods.
+func (s *Server) ready(p *proxy) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p.synced = true
 }
 
 // join makes p the newest ztunnel, and active if it wants to be the active one
@@ -54,21 +66,63 @@ func (s *Server) served(pair string) bool {
 	return slices.ContainsFunc(s.proxies, func(p *proxy) bool { return p.active && p.pair == pair })
 }
 
-// leave forgets a ztunnel that is gone. If it was the active one of a pair,
-// the other one is active from then on, and is returned: the caller tells it.
-func (s *Server) leave(p *proxy) (heir *proxy) {
+// leave forgets a ztunnel that is gone. If another one is active because of that,
+// it is returned: the caller tells it.
+func (s *Server) leave(p *proxy) *proxy {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	n := len(s.proxies)
 	s.proxies = slices.DeleteFunc(s.proxies, func(o *proxy) bool { return o == p })
-	if len(s.proxies) == n {
+	if len(s.proxies) == n || !p.active {
+		s.wake()
 		return nil
 	}
-	if p.active && p.pair != "" {
-		heir = s.choose(p.pair)
+	heir, late := inherit(s.proxies, p.pair)
+	if heir != nil {
+		heir.active = true
+	}
+	if late != nil {
+		late.late = true
+		select {
+		case late.again <- struct{}{}:
+		default:
+		}
 	}
 	s.wake()
 	return heir
+}
+
+// inherit decides who is active now that the active one of a pair has left, of
+// proxies, which are left. That is the other one of the pair, unless one that
+// has all pods is active: then the other one is late, and has to be elected. With
+// no other of the pair, and none that is active and has all pods, it is one that
+// is late since the active one of its own pair has left.
+func inherit(proxies []*proxy, pair string) (heir, late *proxy) {
+	var other, waiting *proxy // the newest
+	served := make(map[string]bool)
+	serving := false
+	for _, p := range proxies {
+		if p.active {
+			served[p.pair] = true
+			serving = serving || p.synced
+		}
+	}
+	for _, p := range proxies {
+		switch {
+		case p.active || served[p.pair]:
+		case p.pair == pair:
+			other = p
+		case p.late:
+			waiting = p
+		}
+	}
+	switch {
+	case serving:
+		return nil, other
+	case other != nil:
+		return other, nil
+	}
+	return waiting, nil
 }
 
 // choose makes the newest ztunnel of a pair active if none is, and returns it.
@@ -103,38 +157,49 @@ func (s *Server) activate(ctx context.Context, p *proxy) {
 	s.cfg.Log.Info("ztunnel is active", "instance", p.instance, "after", time.Since(start))
 }
 
-// elect activates p after a while, unless its pair has an active ztunnel.
+// elect activates p after a while, unless its pair has an active ztunnel, and
+// again when that has left and p was not activated at once.
 func (s *Server) elect(ctx context.Context, p *proxy) {
 	if p.pair == "" {
 		return
 	}
-	patience := cmp.Or(s.cfg.ElectWait, electWait)
-	if p.twin {
-		patience *= twinFactor
-	}
-	wait := time.NewTimer(patience)
+	soon := cmp.Or(s.cfg.ElectWait, electWait)
+	later := soon * patientFactor
+	wait := time.NewTimer(soon)
 	defer wait.Stop()
-	select {
-	case <-ctx.Done():
-		return
-	case <-p.gone:
-		return
-	case <-wait.C:
+	if p.twin {
+		wait.Reset(later)
 	}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-p.gone:
+			return
+		case <-p.again:
+			wait.Reset(later)
+		case <-wait.C:
+			s.activate(ctx, s.win(p))
+		}
+	}
+}
+
+// win makes p, or another of its pair, active unless one is, and returns it.
+func (s *Server) win(p *proxy) *proxy {
 	s.mu.Lock()
-	var heir *proxy
-	if slices.Contains(s.proxies, p) {
-		heir = s.choose(p.pair)
+	defer s.mu.Unlock()
+	if !slices.Contains(s.proxies, p) {
+		return nil
 	}
+	heir := s.choose(p.pair)
 	if heir != nil {
 		s.wake()
 	}
-	s.mu.Unlock()
-	s.activate(ctx, heir)
+	return heir
 }
 
 // watch asks p now and then, while it is the active one of a pair and another
-// stands by, whether it still answers. One that does not, because it hangs or
+// stands by for it, whether it still answers. One that does not, because it hangs or
 // is stopped, is disconnected, and the other takes over.
 func (s *Server) watch(ctx context.Context, p *proxy) {
 	if p.pair == "" {
@@ -156,11 +221,13 @@ func (s *Server) watch(ctx context.Context, p *proxy) {
 	}
 }
 
-// hasStandby reports whether p is active and another of its pair stands by.
+// hasStandby reports whether p is active and another could be in its place.
 func (s *Server) hasStandby(p *proxy) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return p.active && slices.ContainsFunc(s.proxies, func(o *proxy) bool { return o.pair == p.pair && !o.active })
+	return p.active && slices.ContainsFunc(s.proxies, func(o *proxy) bool {
+		return !o.active && (o.pair == p.pair || o.late && !s.served(o.pair))
+	})
 }
 
 // newest returns the active ztunnel that connected last. With none, it is the

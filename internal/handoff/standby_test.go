@@ -145,8 +145,8 @@ func TestActiveOneThatIsLate(t *testing.T) {
 		b := startTwin(t, filepath.Join(dir, "2"), t.Name(), "b", standby)
 		b.synced(t)
 		eventually(t, "another active one", b.Active)
-		if took := time.Since(began); took < twinFactor*electWait {
-			t.Errorf("standby %v: active after %v, although another is that lives; want %v", standby, took, twinFactor*electWait)
+		if took := time.Since(began); took < patientFactor*electWait {
+			t.Errorf("standby %v: active after %v, although another is that lives; want %v", standby, took, patientFactor*electWait)
 		}
 		b.stop()
 		eventually(t, "its end", func() bool { n, _ := s.Connected(); return n == 0 })
@@ -184,7 +184,7 @@ func TestAlone(t *testing.T) {
 func TestPairsDoNotMix(t *testing.T) {
 	f, _ := testFiles(t)
 	path := filepath.Join(t.TempDir(), "s")
-	s := startServer(t, ServerConfig{Path: path})
+	s := startServer(t, ServerConfig{Path: path, ElectWait: 10 * time.Millisecond})
 	var all []*twin
 	for _, pair := range []string{"old", "new"} {
 		for _, standby := range []bool{false, true} {
@@ -215,6 +215,112 @@ func TestPairsDoNotMix(t *testing.T) {
 	eventually(t, "the new pair's other", all[3].Active)
 	if all[1].Active() {
 		t.Error("the old pair's other is active")
+	}
+}
+
+// When a pair ends while another serves, as in a rollout, the one that stood by
+// in it is not activated at once: it ends as well. If it does not, it serves when
+// nobody else is left, or after a while.
+func TestRolloutLeavesTheDyingStandbyAlone(t *testing.T) {
+	for name, wait := range map[string]time.Duration{"nobody else is left": time.Hour, "it lives on": 10 * time.Millisecond} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "s")
+			s := startServer(t, ServerConfig{Path: path, ElectWait: wait})
+			a := startTwin(t, path, t.Name()+"old", "a", false)
+			a.synced(t)
+			b := startTwin(t, path, t.Name()+"old", "b", true)
+			b.synced(t)
+			fresh := startTwin(t, path, t.Name()+"new", "fresh", false)
+			eventually(t, "a new one with all pods", func() bool { return hasAll(s, "fresh") })
+			left := time.Now()
+			a.stop()
+			eventually(t, "the end of the old one", func() bool { n, _ := s.Connected(); return n+s.Standbys() == 2 })
+			if n, _ := s.Connected(); n != 1 && time.Since(left) < patientFactor*wait {
+				t.Fatalf("%d are active, want only the new one", n)
+			}
+			if wait == time.Hour {
+				fresh.stop()
+			}
+			eventually(t, "the one that stood by to be active", b.Active)
+			if took := time.Since(left); wait != time.Hour && took < patientFactor*wait {
+				t.Errorf("active after %v, want %v", took, patientFactor*wait)
+			}
+		})
+	}
+}
+
+// hasAll reports whether a server knows that a ztunnel has all pods.
+func hasAll(s *Server, instance string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.ContainsFunc(s.proxies, func(p *proxy) bool { return p.instance == instance && p.synced })
+}
+
+func TestInherit(t *testing.T) {
+	active := func(instance, pair string) *proxy {
+		return &proxy{instance: instance, pair: pair, active: true, synced: true}
+	}
+	fresh := func(instance, pair string) *proxy { return &proxy{instance: instance, pair: pair, active: true} }
+	standby := func(instance, pair string) *proxy { return &proxy{instance: instance, pair: pair, synced: true} }
+	late := func(instance, pair string) *proxy {
+		return &proxy{instance: instance, pair: pair, synced: true, late: true}
+	}
+	for name, c := range map[string]struct {
+		left       []*proxy // after an active one of the pair old
+		heir, late string
+	}{
+		"the active one crashes":    {left: []*proxy{standby("b", "old")}, heir: "b"},
+		"of several the newest":     {left: []*proxy{standby("b", "old"), standby("c", "old")}, heir: "c"},
+		"nobody":                    {},
+		"another is active already": {left: []*proxy{active("b", "old"), standby("c", "old")}},
+		"a rollout":                 {left: []*proxy{standby("b", "old"), active("a2", "new"), standby("b2", "new")}, late: "b"},
+		"a rollout, the old one is back meanwhile":    {left: []*proxy{active("a2", "new"), standby("b2", "new"), standby("b", "old")}, late: "b"},
+		"the new pod has not all pods yet":            {left: []*proxy{standby("b", "old"), fresh("a2", "new"), standby("b2", "new")}, heir: "b"},
+		"the new pod has no active one yet":           {left: []*proxy{standby("b", "old"), standby("b2", "new")}, heir: "b"},
+		"a release without pairs serves":              {left: []*proxy{active("z", ""), standby("b", "old")}, late: "b"},
+		"it was the last of its pair, another serves": {left: []*proxy{active("a2", "new"), standby("b2", "new")}},
+		"both of the new pod have ended":              {left: []*proxy{late("b2", "new")}, heir: "b2"},
+		"its own before others":                       {left: []*proxy{standby("b", "old"), late("b2", "new")}, heir: "b"},
+		"one whose own active one may come yet":       {left: []*proxy{standby("b2", "new")}},
+		"late once, and its own is back":              {left: []*proxy{fresh("a2", "new"), late("b2", "new")}},
+		"nobody else has all pods":                    {left: []*proxy{late("b2", "new"), fresh("a3", "third")}, heir: "b2"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			heir, late := inherit(c.left, "old")
+			for _, w := range []struct {
+				what string
+				got  *proxy
+				want string
+			}{{"the heir", heir, c.heir}, {"the late one", late, c.late}} {
+				got := ""
+				if w.got != nil {
+					got = w.got.instance
+				}
+				if got != w.want {
+					t.Errorf("%s is %q, want %q", w.what, got, w.want)
+				}
+			}
+		})
+	}
+}
+
+// An active ztunnel is asked whether it answers if another could be in its
+// place, of whatever pair.
+func TestHasStandby(t *testing.T) {
+	p := &proxy{pair: "new", active: true}
+	old := &proxy{pair: "old"}
+	s := NewServer(ServerConfig{})
+	s.proxies = []*proxy{p, old}
+	if s.hasStandby(p) {
+		t.Error("one that waits for its own")
+	}
+	old.late = true
+	if !s.hasStandby(p) || s.hasStandby(old) {
+		t.Error("none, although one is late")
+	}
+	s.proxies = append(s.proxies, &proxy{pair: "old", active: true})
+	if s.hasStandby(p) {
+		t.Error("one that has its own again")
 	}
 }
 
