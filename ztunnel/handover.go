@@ -157,7 +157,7 @@ func (p *Proxy) handOver(heir Heir) {
 	if err != nil {
 		p.cfg.Log.Error("connections were not handed over: they drain", "error", err)
 	}
-	p.cfg.Log.Info("handed over", "tunnels", all.tunnels, "connections", all.conns, "without_tunnel", all.plain, "left", len(p.flows.all()), "took", time.Since(start), "ahead", all.ahead, "longest_ahead", all.early,
+	p.cfg.Log.Info("handed over", "tunnels", all.tunnels, "connections", all.conns, "without_tunnel", all.plain, "left", len(p.flows.all()), "took", time.Since(start), "ahead", all.ahead, "longest_ahead", all.early, "awaited", all.awaited,
 		"slowest_conns", all.slowest.conns, "slowest_bytes", all.slowest.bytes, "slowest_ahead", all.slowest.ahead, "slowest_freeze", all.slowest.freeze, "slowest_pack", all.slowest.pack, "slowest_give", all.slowest.give)
 }
 
@@ -180,8 +180,7 @@ func (r *registry) tunnelled(without map[*pod]bool) int {
 func (q *pod) handOver(heir Heir, all *gifts) (declined bool, err error) {
 	movers := append(q.server.Movers(), q.proxy.pool.Movers(q.owner)...)
 	for i, m := range movers {
-		all.begun++
-		g, err := q.give(heir, m, all.begun)
+		g, err := q.give(heir, m, all)
 		switch {
 		case err == nil:
 			all.tunnels++
@@ -200,11 +199,15 @@ func (q *pod) handOver(heir Heir, all *gifts) (declined bool, err error) {
 	return declined, nil
 }
 
-// give gives one tunnel to heir, with its connections, as the part of a number.
-func (q *pod) give(heir Heir, m loop.Mover, number uint32) (gift, error) {
+// give gives one tunnel to heir, with its connections, as the next part.
+func (q *pod) give(heir Heir, m loop.Mover, all *gifts) (gift, error) {
 	start := time.Now()
-	ahead, err := sendAhead(heir, m, number)
+	all.begun++
+	ahead, err := sendAhead(heir, m, all.begun)
 	if err != nil {
+		return gift{}, err
+	}
+	if err := all.await(heir); err != nil {
 		return gift{}, err
 	}
 	frozen, err := m.Freeze()
@@ -212,7 +215,7 @@ func (q *pod) give(heir Heir, m loop.Mover, number uint32) (gift, error) {
 		return gift{}, err
 	}
 	g := gift{conns: len(frozen.Owners), ahead: ahead, early: frozen.Since.Sub(start), freeze: time.Since(frozen.Since)}
-	part := movedPart{number: number, pod: q.info.Load().UID, id: q.id, frozen: frozen.Since.UnixNano(), tunnel: frozen.State}
+	part := movedPart{number: all.begun, pod: q.info.Load().UID, id: q.id, frozen: frozen.Since.UnixNano(), tunnel: frozen.State}
 	for _, o := range frozen.Owners {
 		part.flows = append(part.flows, o.(*flow).handed())
 	}

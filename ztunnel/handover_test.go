@@ -215,7 +215,7 @@ func TestHandoverSendsBacklogsAhead(t *testing.T) {
 	ms := clients.node.pool.Movers(q.owner)
 	eventually(t, "a part without its backlog", func() bool { // more may come at the wrong moment
 		ahead = 0
-		if _, err := q.give(h, ms[0], 1); !errors.Is(err, handover.ErrDeclined) {
+		if _, err := q.give(h, ms[0], new(gifts)); !errors.Is(err, handover.ErrDeclined) {
 			t.Fatal(err)
 		}
 		return ahead > much/2 && len(h.text) < much/2
@@ -249,17 +249,23 @@ func TestHandoverSendsBacklogsAhead(t *testing.T) {
 
 // heirs is an Heir that does as it is told.
 type heirs struct {
-	ahead func(text []byte) error
-	give  func(text []byte, files []int) error
-	text  []byte
+	ahead  func(text []byte) error
+	settle func() error
+	give   func(text []byte, files []int) error
+	text   []byte
 }
 
 func (h *heirs) Give(text []byte, files []int) error {
 	h.text = append([]byte(nil), text...)
 	return h.give(text, files)
 }
-func (h *heirs) Done() error   { return nil }
-func (h *heirs) Settle() error { return nil }
+func (h *heirs) Done() error { return nil }
+func (h *heirs) Settle() error {
+	if h.settle == nil {
+		return nil
+	}
+	return h.settle()
+}
 func (h *heirs) Ahead(text []byte) error {
 	if h.ahead == nil {
 		return nil
@@ -414,14 +420,18 @@ func TestTakeRefuses(t *testing.T) {
 	if err := roundTrip(c, "before"); err != nil {
 		t.Fatal(err)
 	}
-	h := &heirs{give: func([]byte, []int) error { return errors.New("gone") }}
+	asked := 0
+	h := &heirs{
+		settle: func() error { asked++; return roundTrip(c, "nothing stands still yet") },
+		give:   func([]byte, []int) error { return errors.New("gone") },
+	}
 	q := p.clientNode.podAt(p.client.addr)
 	ms := p.clientNode.pool.Movers(q.owner)
 	if len(ms) != 1 {
 		t.Fatalf("%d tunnels", len(ms))
 	}
-	if _, err := q.give(h, ms[0], 1); err == nil {
-		t.Fatal("given")
+	if _, err := q.give(h, ms[0], new(gifts)); err == nil || asked == 0 {
+		t.Fatalf("given: %v, after the heir was asked %d times whether it is there", err, asked)
 	}
 	for name, try := range map[string]func() error{
 		"version": func() error { _, _, err := p.clientNode.Take(PartVersion+1, h.text, nil, nil); return err },

@@ -23,7 +23,35 @@ type gifts struct {
 	conns          int           // in all of them
 	ahead          int           // bytes
 	early          time.Duration // the longest
+	awaited        time.Duration // what the heir's late answers took
 	slowest        gift
+}
+
+const (
+	// promptAnswer is how long an heir's answer takes at the most when it finds a
+	// processor at once. One that is later would find none for the next part
+	// either, whose connections stand still until it does.
+	promptAnswer = 10 * time.Millisecond
+	// awaitTime bounds what is spent on late answers in a whole handover: a node
+	// may be that busy for ever.
+	awaitTime = time.Second
+)
+
+// await returns when heir answers promptly, or has had its time for that. It is
+// called before anything stands still, and fails when heir is gone.
+func (gs *gifts) await(heir Heir) error {
+	for gs.awaited < awaitTime {
+		start := time.Now()
+		if err := heir.Settle(); err != nil {
+			return err
+		}
+		took := time.Since(start)
+		if took <= promptAnswer {
+			return nil
+		}
+		gs.awaited += took
+	}
+	return nil
 }
 
 func (gs *gifts) add(g gift) {

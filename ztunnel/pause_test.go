@@ -2,9 +2,11 @@ package ztunnel
 
 import (
 	"bytes"
+	"errors"
 	"log/slog"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -36,5 +38,47 @@ func TestPausesInTheLog(t *testing.T) {
 	gs.add(gift{conns: 8, ahead: 2, early: 9, freeze: 4})
 	if gs.conns != 15 || gs.slowest.conns != 7 || gs.ahead != 3 || gs.early != 9 {
 		t.Errorf("what was handed over is %+v", gs)
+	}
+}
+
+// TestAwait: nothing stands still while the heir answers late, but for one that
+// always does.
+func TestAwait(t *testing.T) {
+	for name, c := range map[string]struct {
+		answers time.Duration // the first three
+		then    time.Duration
+		asked   int // for two parts
+		awaited time.Duration
+	}{
+		"prompt":      {answers: promptAnswer, then: time.Millisecond, asked: 2},
+		"late":        {answers: 50 * time.Millisecond, then: time.Millisecond, asked: 5, awaited: 150 * time.Millisecond},
+		"always late": {answers: 50 * time.Millisecond, then: 200 * time.Millisecond, asked: 8, awaited: 1150 * time.Millisecond},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				asked := 0
+				heir := &heirs{settle: func() error {
+					if asked++; asked <= 3 {
+						time.Sleep(c.answers)
+					} else {
+						time.Sleep(c.then)
+					}
+					return nil
+				}}
+				var gs gifts
+				for range 2 {
+					if err := gs.await(heir); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if asked != c.asked || gs.awaited != c.awaited {
+					t.Errorf("it was asked %d times, and late for %v, want %d and %v", asked, gs.awaited, c.asked, c.awaited)
+				}
+			})
+		})
+	}
+	gone := errors.New("gone")
+	if err := new(gifts).await(&heirs{settle: func() error { return gone }}); !errors.Is(err, gone) {
+		t.Errorf("an heir that is gone: %v", err)
 	}
 }
