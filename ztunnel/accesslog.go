@@ -106,15 +106,15 @@ func appendAccessLine(b []byte, f *flow, err error, now time.Time) []byte {
 	} else {
 		b = append(b, "\tinfo\taccess\tconnection complete\t"...)
 	}
-	l := line{b}
-	l.addr("src.addr", f.src.addrPort())
-	l.end("src", f.source, proved(f.sourceID))
-	l.addr("dst.addr", f.dst.addrPort())
-	l.addr("dst.hbone_addr", f.target.addrPort())
-	if f.service != nil {
-		l.text("dst.service", string(f.service.Name.Host))
+	l, p := line{b}, f.who.Value()
+	l.addr("src.addr", f.src())
+	l.end("src", p.source, p.sourceID)
+	l.addr("dst.addr", p.dst)
+	l.addr("dst.hbone_addr", p.target)
+	if p.service != nil {
+		l.text("dst.service", string(p.service.Name.Host))
 	}
-	l.end("dst", f.destination, proved(f.destinationID))
+	l.end("dst", p.destination, proved(f.destinationID))
 	l.text("direction", f.direction.String())
 	// Seen from the pod: what it sent, what it received.
 	sent, received := f.moved()

@@ -248,16 +248,17 @@ func (p *Proxy) dumpStates() map[string]*dumpState {
 	}
 	p.mu.Unlock()
 	for _, f := range p.flows.all() {
-		s := states[f.pod.info.Load().UID]
+		p := f.who.Value()
+		s := states[p.pod.info.Load().UID]
 		if s == nil {
 			continue // it ended meanwhile
 		}
-		dst := f.dst.addrPort().String()
-		c := dumpConnection{Src: f.src.addrPort().String(), OriginalDst: dst, ActualDst: dst, Protocol: "TCP"}
+		dst := p.dst.String()
+		c := dumpConnection{Src: f.src().String(), OriginalDst: dst, ActualDst: dst, Protocol: "TCP"}
 		if f.mutualTLS {
 			c.Protocol = "HBONE"
-			if target := f.target.addrPort(); target.IsValid() {
-				c.OriginalDst = target.String()
+			if p.target.IsValid() {
+				c.OriginalDst = p.target.String()
 			}
 		}
 		if f.direction == inbound {

@@ -36,26 +36,20 @@ func (d direction) String() string {
 
 // flow is one connection through the proxy: what is known of it, for logs and
 // metrics, and how to end it. Tens of thousands are idle at a time, so it is
-// small: 240 bytes with the engine's part. All it knows are values and what it
-// shares with others.
+// small: 160 bytes with the engine's part.
 type flow struct {
 	conn loop.Conn // through a tunnel; of other flows only the cause of an abort is used
 
-	pod                 *pod
-	source, destination *mesh.Workload // nil when not known
-	service             *mesh.Service
-	// sourceID and destinationID are what was proved, not what the View says;
-	// nil when nothing was. What they point to does not change.
-	sourceID, destinationID *mesh.Identity
-	counters                *counters  // set by telemetry
-	plain                   *plainFlow // of a flow without a tunnel; else nil
+	who           unique.Handle[parties]
+	destinationID *mesh.Identity // proved, whatever the View says; nil when nothing was. It does not change
+	counters      *counters      // set by telemetry
+	plain         *plainFlow     // of a flow without a tunnel; else nil
 
 	start    int64                          // in nanoseconds since 1970
 	reported struct{ sent, received int64 } // how much is counted; guarded by telemetry.counting
 
-	src, dst  endpoint // the ends of the TCP connection, or of the tunnel
-	target    endpoint // what the tunnel was asked for; zero without one
-	place     int32    // in the registry, and guarded by its mu
+	place     int32  // in the registry, and guarded by its mu
+	port      uint16 // of src
 	direction direction
 	mutualTLS bool
 	opened    bool        // the other end of the tunnel has accepted
@@ -75,36 +69,50 @@ type plainFlow struct {
 	outer *flow
 }
 
-// An endpoint is a netip.AddrPort without a zone in half of its size: the
-// address, of which the node knows few, is there once for all flows. The zero
-// endpoint is none.
-type endpoint struct {
-	addr unique.Handle[netip.Addr]
-	port uint16
+// parties are what a flow has in common with all between the same two ends. They
+// are mostly few, and there once for all of their flows. Addresses are without a
+// zone.
+type parties struct {
+	pod                 *pod
+	source, destination *mesh.Workload // nil when not known
+	service             *mesh.Service
+	sourceID            mesh.Identity // proved, whatever the View says; zero when nothing was
+
+	from   netip.Addr     // of the TCP connection, or of the tunnel; each flow has its port
+	dst    netip.AddrPort // its other end
+	target netip.AddrPort // what the tunnel was asked for; zero without one
 }
 
-func endpointOf(a netip.AddrPort) endpoint {
-	if !a.Addr().IsValid() {
-		return endpoint{}
-	}
-	return endpoint{unique.Make(a.Addr().WithZone("")), a.Port()}
+// newFlow returns a flow that begins now, from src. Of p, from is set here.
+func newFlow(d direction, src netip.AddrPort, p parties) *flow {
+	p.from, p.dst, p.target = src.Addr().WithZone(""), withoutZone(p.dst), withoutZone(p.target)
+	return &flow{direction: d, who: unique.Make(p), port: src.Port(), start: time.Now().UnixNano()}
 }
 
-// addrPort returns e as the mesh writes addresses.
-func (e endpoint) addrPort() netip.AddrPort {
-	if e == (endpoint{}) {
-		return netip.AddrPort{}
-	}
-	return netip.AddrPortFrom(e.addr.Value(), e.port)
+func withoutZone(a netip.AddrPort) netip.AddrPort {
+	return netip.AddrPortFrom(a.Addr().WithZone(""), a.Port())
+}
+
+func (f *flow) pod() *pod { return f.who.Value().pod }
+
+// src is the client's end of the TCP connection, or of the tunnel.
+func (f *flow) src() netip.AddrPort { return netip.AddrPortFrom(f.who.Value().from, f.port) }
+
+// prove notes who the ends are. Nobody else has f yet.
+func (f *flow) prove(source mesh.Identity, destination *mesh.Identity) {
+	p := f.who.Value()
+	p.sourceID = source
+	f.who, f.destinationID = unique.Make(p), destination
 }
 
 // facts are what an inbound flow is admitted by.
 func (f *flow) facts() authz.Facts {
-	to := f.dst
-	if f.target != (endpoint{}) {
-		to = f.target
+	p := f.who.Value()
+	to := p.dst
+	if p.target.IsValid() {
+		to = p.target
 	}
-	return authz.Facts{Peer: proved(f.sourceID), Source: f.src.addrPort(), Destination: to.addrPort()}
+	return authz.Facts{Peer: p.sourceID, Source: f.src(), Destination: to}
 }
 
 // proved returns the identity that was proved; none if nothing was.
@@ -169,7 +177,7 @@ func (f *flow) Opened(peer *mesh.Identity) { f.destinationID, f.opened = peer, t
 // it, so it does not block.
 func (f *flow) Ended(err error) {
 	if errors.Is(err, loop.ErrMoved) {
-		q, counted := f.pod, f.counted
+		q, counted := f.pod(), f.counted
 		q.movedOn(f)
 		if counted {
 			q.conns.Done()
@@ -179,7 +187,7 @@ func (f *flow) Ended(err error) {
 	if err != nil && f.direction == outbound && !f.opened {
 		err = connectError(explain(err))
 	}
-	q, counted := f.pod, f.counted
+	q, counted := f.pod(), f.counted
 	q.over(f, err)
 	if counted {
 		q.conns.Done()
@@ -304,7 +312,8 @@ func (p *Proxy) recheckSome(flows []*flow, patient bool) (waiting int) {
 			continue
 		}
 		// What was open when the pod moved behind a waypoint goes on.
-		a := admitUnless(guards, v, *f.pod.info.Load(), f.pod.id, f.facts())
+		q := f.pod()
+		a := admitUnless(guards, v, *q.info.Load(), q.id, f.facts())
 		switch {
 		case a.verdict == admitted:
 		case a.workload == nil:

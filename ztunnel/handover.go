@@ -99,18 +99,19 @@ func (f *movedFlow) pack(c *pack.Coder) {
 
 // handed returns what a successor is told of f.
 func (f *flow) handed() movedFlow {
+	p := f.who.Value()
 	m := movedFlow{
-		start: f.start, src: f.src.addrPort(), dst: f.dst.addrPort(), target: f.target.addrPort(),
+		start: f.start, src: f.src(), dst: p.dst, target: p.target,
 		mutualTLS: f.mutualTLS, opened: f.opened, admitted: f.admitted.Load(),
 	}
-	if f.source != nil {
-		m.source = f.source.UID
+	if p.source != nil {
+		m.source = p.source.UID
 	}
-	if f.destination != nil {
-		m.destination = f.destination.UID
+	if p.destination != nil {
+		m.destination = p.destination.UID
 	}
-	if f.service != nil {
-		m.service = f.service.Name
+	if p.service != nil {
+		m.service = p.service.Name
 	}
 	return m
 }
@@ -168,7 +169,7 @@ func (r *registry) tunnelled(without map[*pod]bool) int {
 	defer r.mu.Unlock()
 	n := 0
 	for _, f := range r.open {
-		if f.plain == nil && !without[f.pod] {
+		if f.plain == nil && !without[f.pod()] {
 			n++
 		}
 	}
@@ -353,7 +354,14 @@ func (q *pod) take(part *movedPart, files []int, got pause) (goOn, keep func(), 
 		return nil, nil, err
 	}
 	for _, f := range flows {
-		f.prove(a.Peer())
+		switch {
+		case server:
+			f.prove(*a.Peer(), &q.id)
+		case f.opened:
+			f.prove(q.id, a.Peer())
+		default:
+			f.prove(q.id, nil)
+		}
 		f.reported.sent, f.reported.received = f.moved()
 		q.proxy.telemetry.resume(f)
 		q.proxy.flows.add(f)
@@ -385,29 +393,17 @@ func (q *pod) take(part *movedPart, files []int, got pause) (goOn, keep func(), 
 // takeFlow returns a flow that was another process's. What the View does not
 // know any more is not known of it.
 func (q *pod) takeFlow(m *movedFlow, in bool) *flow {
-	v := q.proxy.cfg.View.Load()
-	f := &flow{
-		pod: q, source: v.ByUID(m.source), destination: v.ByUID(m.destination), service: v.ServiceByName(m.service),
-		start: m.start, src: endpointOf(m.src), dst: endpointOf(m.dst), target: endpointOf(m.target),
-		mutualTLS: m.mutualTLS, opened: m.opened, counted: !in,
-	}
+	v, d := q.proxy.cfg.View.Load(), outbound
 	if in {
-		f.direction = inbound
+		d = inbound
 	}
+	f := newFlow(d, m.src, parties{
+		pod: q, source: v.ByUID(m.source), destination: v.ByUID(m.destination), service: v.ServiceByName(m.service),
+		dst: m.dst, target: m.target,
+	})
+	f.start, f.mutualTLS, f.opened, f.counted = m.start, m.mutualTLS, m.opened, !in
 	f.admitted.Store(m.admitted)
 	return f
-}
-
-// prove notes who the ends of a flow are: the pod, and the tunnel's peer.
-func (f *flow) prove(peer *mesh.Identity) {
-	if f.direction == inbound {
-		f.sourceID, f.destinationID = peer, &f.pod.id
-		return
-	}
-	f.sourceID = &f.pod.id
-	if f.opened {
-		f.destinationID = peer
-	}
 }
 
 // movedOn takes f out of the books of this process: another keeps them.

@@ -55,7 +55,7 @@ func (m *movedPlain) pack(c *pack.Coder) {
 func (p *Proxy) handOverPlain(heir Heir, pods []*pod, until time.Time, all *gifts) error {
 	for patience := plainPatience; patience <= lastPatience; patience *= 5 {
 		for _, f := range p.flows.all() {
-			if f.plain == nil || !slices.Contains(pods, f.pod) || !f.joined() || time.Now().After(until) {
+			if f.plain == nil || !slices.Contains(pods, f.pod()) || !f.joined() || time.Now().After(until) {
 				continue
 			}
 			g, err := f.give(heir, patience)
@@ -91,7 +91,7 @@ func (f *flow) give(heir Heir, patience time.Duration) (gift, error) {
 	}
 	g := gift{conns: 1, freeze: time.Since(since)}
 	part := movedPart{
-		pod: f.pod.info.Load().UID, id: f.pod.id, frozen: since.UnixNano(), flows: []movedFlow{f.handed()},
+		pod: f.pod().info.Load().UID, id: f.pod().id, frozen: since.UnixNano(), flows: []movedFlow{f.handed()},
 		plain: &movedPlain{
 			inbound: f.direction == inbound, over: over,
 			sent: f.plain.stats.Sent.Load(), received: f.plain.stats.Received.Load(),
@@ -99,7 +99,7 @@ func (f *flow) give(heir Heir, patience time.Duration) (gift, error) {
 	}
 	if out := f.plain.outer; out != nil {
 		part.plain.peer, part.plain.peerID = part.pod, part.id
-		part.pod, part.id = out.pod.info.Load().UID, out.pod.id
+		part.pod, part.id = out.pod().info.Load().UID, out.pod().id
 		part.flows = []movedFlow{out.handed(), f.handed()}
 	}
 	text := pack.Write(part.pack)
@@ -168,13 +168,13 @@ func (q *pod) takePlain(part *movedPart, files []int, got pause) (goOn, keep fun
 		f.reported.sent, f.reported.received = f.moved()
 		q.proxy.telemetry.resume(f)
 		q.proxy.flows.add(f)
-		f.pod.open.Add(1)
-		f.pod.conns.Add(1) // so that the pod is not closed before the connection has ended
+		f.pod().open.Add(1)
+		f.pod().conns.Add(1) // so that the pod is not closed before the connection has ended
 	}
 	end := func() {
 		forget()
 		for _, f := range flows {
-			f.pod.conns.Done()
+			f.pod().conns.Done()
 		}
 	}
 	got.plain, got.resume = true, time.Since(start)
@@ -193,7 +193,7 @@ func (q *pod) takePlain(part *movedPart, files []int, got pause) (goOn, keep fun
 			c.Close() // the predecessor has its own
 		}
 		for _, f := range flows {
-			f.pod.movedOn(f)
+			f.pod().movedOn(f)
 		}
 	}
 	return goOn, keep, nil
@@ -220,8 +220,8 @@ func (q *pod) rejoin(part *movedPart, peer *pod, ends [2]*net.TCPConn) (flows []
 	in := peer.takeFlow(&part.flows[1], true)
 	in.counted, in.plain = false, &plainFlow{stats: stats, outer: f}
 	in.plain.halter.Ended(part.plain.over[0], part.plain.over[1])
-	f.sourceID, f.destinationID = &q.id, &peer.id
-	in.sourceID, in.destinationID = &q.id, &peer.id
+	f.prove(q.id, &peer.id)
+	in.prove(q.id, &peer.id)
 	carry = func() {
 		f.carry(ends[0]) // if it fails, copy fails for that
 		_ = q.over(f, peer.over(in, in.copy(q.alive, ends[0], ends[1])))

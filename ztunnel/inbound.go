@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"time"
 
 	"github.com/weft-mesh/weft/hbone/loop"
 	"github.com/weft-mesh/weft/internal/netns"
@@ -64,21 +63,19 @@ func (q *pod) servePlain(c *net.TCPConn) {
 	src, dst := addrPort(c.RemoteAddr()), addrPort(c.LocalAddr())
 	q.clients.add(src)
 	defer q.clients.remove(src)
-	q.receive(q.alive, &flow{
-		direction: inbound, pod: q, src: endpointOf(src), dst: endpointOf(dst),
-		start: time.Now().UnixNano(), plain: &plainFlow{stats: new(relay.Stats)},
-	}, plainCaller{c})
+	f := q.inboundFlow(q.proxy.cfg.View.Load(), src, parties{dst: dst})
+	f.plain = &plainFlow{stats: new(relay.Stats)}
+	q.receive(q.alive, f, plainCaller{c})
 }
 
 // beginTunnel decides on one CONNECT on the event loop, and connects to the
 // application there, if that needs no wait. Otherwise it returns what does.
 func (q *pod) beginTunnel(r *loop.Request) (rest func()) {
-	f := q.tunnelFlow(r)
-	if f.target.addrPort().Addr() != r.Local.Addr() {
+	if r.Authority.Addr != r.Local.Addr() {
 		return func() { q.serveTunnel(r) }
 	}
 	v := q.proxy.cfg.View.Load()
-	q.recognize(f, v)
+	f := q.tunnelFlow(v, r)
 	facts := f.facts()
 	a := admit(v, *q.info.Load(), q.id, facts)
 	if a.verdict != admitted || len(a.dryRun) > 0 || f.toldOf(facts) {
@@ -118,36 +115,33 @@ func (q *pod) decideLater(f *flow, from caller) (rest func()) {
 // serveTunnel decides on one CONNECT, and gives it to an event loop. Its target
 // must be the address that the tunnel was opened to.
 func (q *pod) serveTunnel(r *loop.Request) {
-	f := q.tunnelFlow(r)
-	if f.target.addrPort().Addr() != r.Local.Addr() { // also when the target is a host name
-		q.carry(f, func() (bool, error) {
+	if r.Authority.Addr != r.Local.Addr() { // also when the target is a host name
+		q.carry(q.tunnelFlow(new(view.View), r), func() (bool, error) { // which knows nobody
 			tunnelCaller{r}.refuse(statusBadRequest)
 			return false, denyf("refused: the tunnel asks for %v, this pod is %v", r.Authority, r.Local.Addr())
 		})
 		return
 	}
-	q.receive(q.alive, f, tunnelCaller{r})
+	q.receive(q.alive, q.tunnelFlow(q.proxy.cfg.View.Load(), r), tunnelCaller{r})
 }
 
 // tunnelFlow returns the flow of a CONNECT.
-func (q *pod) tunnelFlow(r *loop.Request) *flow {
-	return &flow{
-		direction: inbound, pod: q, src: endpointOf(r.Remote), dst: endpointOf(r.Local), target: endpointOf(r.Authority.AddrPort()),
-		sourceID: r.Peer, destinationID: &q.id, mutualTLS: true, start: time.Now().UnixNano(),
-	}
+func (q *pod) tunnelFlow(v *view.View, r *loop.Request) *flow {
+	f := q.inboundFlow(v, r.Remote, parties{sourceID: *r.Peer, dst: r.Local, target: r.Authority.AddrPort()})
+	f.destinationID, f.mutualTLS = &q.id, true
+	return f
 }
 
-// recognize notes what v knows of the ends of an inbound flow.
-func (q *pod) recognize(f *flow, v *view.View) {
-	f.source = sourceOf(v, f.src.addrPort().Addr(), proved(f.sourceID))
-	f.destination = ownWorkload(v, *q.info.Load(), q.id)
+// inboundFlow returns a flow to the pod from src, with what v knows of its ends.
+func (q *pod) inboundFlow(v *view.View, src netip.AddrPort, p parties) *flow {
+	p.pod, p.source, p.destination = q, sourceOf(v, src.Addr().WithZone(""), p.sourceID), ownWorkload(v, *q.info.Load(), q.id)
+	return newFlow(inbound, src, p)
 }
 
 // receive decides on an inbound flow and carries it to the application. It
 // returns when the connection is over, with the reason if it failed, or when an
 // event loop has it.
 func (q *pod) receive(ctx context.Context, f *flow, from caller) error {
-	q.recognize(f, q.proxy.cfg.View.Load())
 	return q.carry(f, func() (bool, error) { return q.decide(ctx, f, from) })
 }
 

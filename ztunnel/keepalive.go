@@ -47,9 +47,9 @@ func (f *flow) adoptKeepAlive(now time.Time) {
 	if app == nil || outer == nil {
 		return
 	}
-	due, err := f.pod.keepAliveOf(app)
+	due, err := f.pod().keepAliveOf(app)
 	if err != nil {
-		f.pod.proxy.cfg.Log.Debug("the keepalive of an application is not known", "pod", f.pod.info.Load().Name, "error", err)
+		f.pod().proxy.cfg.Log.Debug("the keepalive of an application is not known", "pod", f.pod().info.Load().Name, "error", err)
 		return
 	}
 	if due > 0 && due < defaultKeepAlive {
@@ -63,7 +63,7 @@ func (f *flow) adoptKeepAlive(now time.Time) {
 func (f *flow) sides() (app, outer *net.TCPConn) {
 	f.plain.mu.Lock()
 	defer f.plain.mu.Unlock()
-	if len(f.plain.ends) != 2 || f.sourceID != nil {
+	if len(f.plain.ends) != 2 || !f.who.Value().sourceID.IsZero() {
 		return nil, nil
 	}
 	client, _ := f.plain.ends[0].(*net.TCPConn)

@@ -120,16 +120,15 @@ func (q *pod) asClient(v *view.View, info *handoff.Pod) (client, *mesh.Workload)
 // outboundFlow returns the flow of an arrival with a plan. peer is the pod of
 // this node that it goes to without a tunnel, if it does.
 func (q *pod) outboundFlow(a *arrival, plan plan, own *mesh.Workload, peer *pod) *flow {
-	f := &flow{
-		direction: outbound, pod: q, src: endpointOf(a.src), dst: endpointOf(plan.dial), target: endpointOf(plan.authority),
-		source: own, destination: plan.workload, service: plan.service, start: time.Now().UnixNano(),
-	}
+	p := parties{pod: q, source: own, destination: plan.workload, service: plan.service, dst: plan.dial, target: plan.authority}
 	if !plan.dial.IsValid() {
-		f.dst = endpointOf(a.dst)
+		p.dst = a.dst
 	}
 	if len(plan.peers) > 0 {
-		f.sourceID, f.mutualTLS = &q.id, peer == nil
+		p.sourceID = q.id
 	}
+	f := newFlow(outbound, a.src, p)
+	f.mutualTLS = len(plan.peers) > 0 && peer == nil
 	if peer != nil || plan.hop == passthrough {
 		f.plain = &plainFlow{stats: new(relay.Stats)}
 	}
@@ -269,8 +268,8 @@ func (q *pod) connect(ctx context.Context, plan plan, f *flow, a *arrival) error
 	err := q.proxy.pool.Connect(ctx, hbone.Target{
 		Owner: q.owner, Source: q.id, Peers: plan.peers, Address: plan.dial,
 	}, plan.authority.String(), hbone.Header{
-		Forwarded:   forwarded(f.src.addrPort()),
-		Baggage:     q.baggageOf(f.source),
+		Forwarded:   forwarded(f.src()),
+		Baggage:     q.baggageOf(f.who.Value().source),
 		Traceparent: traceparent(),
 	}, &f.conn, a.fd, f)
 	if err != nil {
@@ -307,18 +306,16 @@ func (q *pod) crossOver(ctx context.Context, peer *pod, plan plan, f *flow, c *n
 		return connectError(fmt.Errorf("%w: got %s, want %v", identity.ErrWrongPeer, peer.id, plan.peers))
 	}
 	f.destinationID = &peer.id
-	src, err := q.sourceTowards(plan.authority.Addr(), f.src.addrPort())
+	src, err := q.sourceTowards(plan.authority.Addr(), f.src())
 	if err != nil {
 		return connectError(err)
 	}
 	if !f.carry(c) {
 		return nil // outcome says why
 	}
-	return peer.receive(ctx, &flow{
-		direction: inbound, pod: peer, src: endpointOf(src), dst: endpointOf(plan.authority),
-		sourceID: &q.id, destinationID: &peer.id,
-		start: f.start, plain: &plainFlow{stats: f.plain.stats, outer: f},
-	}, plainCaller{c})
+	in := peer.inboundFlow(q.proxy.cfg.View.Load(), src, parties{sourceID: q.id, dst: plan.authority})
+	in.destinationID, in.start, in.plain = &peer.id, f.start, &plainFlow{stats: f.plain.stats, outer: f}
+	return peer.receive(ctx, in, plainCaller{c})
 }
 
 // sourceTowards returns the address that a connection from src to dst shows to

@@ -263,7 +263,7 @@ func (q *pod) finish(timeout time.Duration) {
 func (q *pod) force() {
 	cause := errors.New("closed: the drain time is over")
 	for _, f := range q.proxy.flows.all() {
-		if f.pod == q {
+		if f.pod() == q {
 			f.abort(cause)
 		}
 	}

@@ -18,7 +18,7 @@ func (q *pod) connectApp(ctx context.Context, f *flow, facts authz.Facts) (*net.
 	to := facts.Destination
 	tell := f.toldOf(facts)
 	if tell {
-		if p := f.destination.AppTunnel.Port; p != 0 {
+		if p := f.who.Value().destination.AppTunnel.Port; p != 0 {
 			to = netip.AddrPortFrom(to.Addr(), p)
 		}
 		if ourPort(to.Port()) {
@@ -42,7 +42,8 @@ func (q *pod) connectApp(ctx context.Context, f *flow, facts authz.Facts) (*net.
 // toldOf reports whether the application wants to know who calls. Of a
 // connection that nobody has proved to be his there is nothing to tell.
 func (f *flow) toldOf(facts authz.Facts) bool {
-	return f.destination != nil && f.destination.AppTunnel.Proxy && !facts.Peer.IsZero()
+	to := f.who.Value().destination
+	return to != nil && to.AppTunnel.Proxy && !facts.Peer.IsZero()
 }
 
 // proxyHeader is the header of the PROXY protocol, version 2, for a TCP

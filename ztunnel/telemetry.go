@@ -55,17 +55,17 @@ func tupleOf(f *flow) tuple {
 	if f.mutualTLS {
 		l[22] = "mutual_tls"
 	}
-	source := proved(f.sourceID)
-	workloadLabels(l[1:9], f.source, source)
-	if s := f.service; s != nil {
+	p := f.who.Value()
+	workloadLabels(l[1:9], p.source, p.sourceID)
+	if s := p.service; s != nil {
 		l[9], l[10], l[11] = string(s.Name.Host), s.Name.Namespace, s.ShortName
 	}
 	destination := proved(f.destinationID)
-	if destination.IsZero() && f.destination != nil {
-		destination = f.destination.Identity
+	if destination.IsZero() && p.destination != nil {
+		destination = p.destination.Identity
 	}
-	workloadLabels(l[12:20], f.destination, destination)
-	return tuple{l, source, destination}
+	workloadLabels(l[12:20], p.destination, destination)
+	return tuple{l, p.sourceID, destination}
 }
 
 // text returns the labels that t stands for.

@@ -2,6 +2,7 @@ package ztunnel
 
 import (
 	"errors"
+	"net/netip"
 	"testing"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -30,7 +31,8 @@ func TestConnectionsAreCounted(t *testing.T) {
 	tel := newTelemetry(reg, newAccessLog(nil))
 	var open []*flow
 	for range 4 {
-		f := &flow{direction: outbound, plain: &plainFlow{stats: new(relay.Stats)}}
+		f := newFlow(outbound, netip.AddrPort{}, parties{})
+		f.plain = &plainFlow{stats: new(relay.Stats)}
 		tel.begin(f)
 		open = append(open, f)
 	}

@@ -16,7 +16,7 @@ import (
 	"github.com/weft-mesh/weft/mesh"
 )
 
-func at(s string) endpoint { return endpointOf(netip.MustParseAddrPort(s)) }
+func at(s string) netip.AddrPort { return netip.MustParseAddrPort(s) }
 
 func TestAccessLine(t *testing.T) {
 	start := time.Date(2026, 11, 21, 7, 42, 19, 0, time.UTC)
@@ -25,14 +25,14 @@ func TestAccessLine(t *testing.T) {
 	stats := new(relay.Stats)
 	stats.Sent.Store(100)
 	stats.Received.Store(2000)
-	full := flow{
-		direction: outbound, src: at("10.0.0.2:40000"), dst: at("10.0.0.4:15008"),
-		target: at("10.0.0.4:8080"), source: &client, destination: &server, service: &s,
-		sourceID: &client.Identity, destinationID: &server.Identity, mutualTLS: true, start: start.UnixNano(), plain: &plainFlow{stats: stats},
-	}
-	plain := &flow{
-		direction: inbound, src: at("[fd00::9]:1234"), dst: at("[fd00::4]:8080"),
-		destination: &server, start: start.UnixNano(), plain: &plainFlow{stats: stats},
+	full := newFlow(outbound, at("10.0.0.2:40000"), parties{
+		source: &client, destination: &server, service: &s, sourceID: client.Identity,
+		dst: at("10.0.0.4:15008"), target: at("10.0.0.4:8080"),
+	})
+	full.destinationID = &server.Identity
+	plain := newFlow(inbound, at("[fd00::9%eth0]:1234"), parties{destination: &server, dst: at("[fd00::4]:8080")})
+	for _, f := range []*flow{full, plain} {
+		f.start, f.plain = start.UnixNano(), &plainFlow{stats: stats}
 	}
 	tests := []struct {
 		name string
@@ -40,7 +40,7 @@ func TestAccessLine(t *testing.T) {
 		err  error
 		want string
 	}{
-		{"a tunnel", &full, nil,
+		{"a tunnel", full, nil,
 			"2026-11-21T07:42:20.500000Z\tinfo\taccess\tconnection complete\t" +
 				`src.addr=10.0.0.2:40000 src.workload="client" src.namespace="shop" src.identity="spiffe://cluster.local/ns/shop/sa/client" src.cluster="Kubernetes" ` +
 				`dst.addr=10.0.0.4:15008 dst.hbone_addr=10.0.0.4:8080 dst.service="server.shop.svc.cluster.local" dst.workload="server" dst.namespace="shop" dst.identity="spiffe://cluster.local/ns/shop/sa/server" dst.cluster="Kubernetes" ` +
@@ -73,7 +73,9 @@ func TestLabels(t *testing.T) {
 	server := workload("server", "10.0.0.4")
 	s := service("server", "10.96.0.1")
 	got := map[string]string{}
-	l := tupleOf(&flow{direction: inbound, source: &client, sourceID: &client.Identity, destination: &server, service: &s, mutualTLS: true}).text()
+	f := newFlow(inbound, at("10.0.0.2:40000"), parties{source: &client, sourceID: client.Identity, destination: &server, service: &s})
+	f.mutualTLS = true
+	l := tupleOf(f).text()
 	for i, n := range labelNames() {
 		got[n] = l[i]
 	}
@@ -95,7 +97,8 @@ func TestLabels(t *testing.T) {
 func TestProgress(t *testing.T) {
 	reg := prometheus.NewRegistry()
 	tel := newTelemetry(reg, &accessLog{})
-	f := &flow{direction: outbound, plain: &plainFlow{stats: new(relay.Stats)}}
+	f := newFlow(outbound, netip.AddrPort{}, parties{})
+	f.plain = &plainFlow{stats: new(relay.Stats)}
 	tel.begin(f)
 	for _, n := range []int64{5, 12, 12, 40} {
 		f.plain.stats.Sent.Store(n)
