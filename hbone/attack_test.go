@@ -3,6 +3,7 @@ package hbone
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"runtime"
@@ -15,6 +16,8 @@ import (
 
 	h2 "golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+
+	"github.com/weft-mesh/weft/internal/http2"
 )
 
 // heap returns how much is in use after a collection.
@@ -144,6 +147,7 @@ func TestClientIsNotFlooded(t *testing.T) {
 		"unknown frames":      func(f *foreign, i int) { f.must(f.fr.WriteRawFrame(0xcc, 0, 0, nil)) },
 		"WINDOW_UPDATE":       func(f *foreign, i int) { f.must(f.fr.WriteWindowUpdate(0, 1)) },
 		"empty DATA":          func(f *foreign, i int) { f.must(f.fr.WriteData(1, false, nil)) },
+		"GOAWAY":              func(f *foreign, i int) { f.must(f.fr.WriteGoAway(1, h2.ErrCodeNo, nil)) },
 		"RST of what is gone": func(f *foreign, i int) { f.must(f.fr.WriteRSTStream(1, h2.ErrCodeCancel)) },
 		"CONTINUATION": func(f *foreign, i int) {
 			if i == 0 {
@@ -170,6 +174,56 @@ func TestClientIsNotFlooded(t *testing.T) {
 				t.Errorf("we bear it: %v, %q", err, w[len(w)-1])
 			}
 		})
+	}
+}
+
+// A peer that asks and asks, is refused, and reads none of it, makes nobody keep
+// all those answers.
+func TestAnswersThatNobodyReads(t *testing.T) {
+	f := greeted(t, ServerRole, Limits{})
+	f.auto = func(f *foreign, id uint32) {
+		f.tunnel.Answer(id, 401, Header{})
+		f.tunnel.Release()
+	}
+	for i := range uint32(100_000) {
+		f.connect(2*i + 1)
+		f.events = f.events[:0]
+		if f.feed() != nil {
+			break
+		}
+	}
+	if n := len(f.tunnel.Output()); n > maxOutput+100 {
+		t.Errorf("%d KiB wait for a peer that does not read", n>>10)
+	}
+	var ce *http2.ConnError
+	if !errors.As(f.err, &ce) || ce.Code != http2.EnhanceYourCalm {
+		t.Errorf("we bear it: %v", f.err)
+	}
+}
+
+// A peer that hears of a reset late has sent up to a whole window by then, also
+// in small pieces: that is no flood, and other streams go on.
+func TestLateDataIsNoFlood(t *testing.T) {
+	f := greeted(t, ServerRole, Limits{})
+	f.auto = accept
+	f.connect(1)
+	for i := range uint32(100) {
+		f.connect(2*i + 3)
+	}
+	f.must(f.feed())
+	for i := range uint32(100) {
+		f.tunnel.Reset(2*i+3, http2.Cancel)
+	}
+	for range 100 { // of what all of them had
+		for i := range uint32(100) {
+			f.must(f.fr.WriteData(2*i+3, false, make([]byte, 512)))
+		}
+		f.must(f.feed())
+	}
+	f.must(f.fr.WriteData(1, false, []byte("hello")))
+	f.must(f.feed())
+	if f.data[1] != len("hello") {
+		t.Errorf("the stream beside them got %d bytes", f.data[1])
 	}
 }
 

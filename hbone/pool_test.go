@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/weft-mesh/weft/identity"
+	"github.com/weft-mesh/weft/internal/http2"
 	"github.com/weft-mesh/weft/mesh"
 )
 
@@ -167,6 +168,22 @@ func TestIdleTunnelIsReleased(t *testing.T) {
 			t.Errorf("%d tunnels, want 2", n)
 		}
 	})
+}
+
+// Who comes when a tunnel's stream ids are used up gets another tunnel.
+func TestStreamIDsEndForThePool(t *testing.T) {
+	w := newWorld(t, echo)
+	s := w.connect()
+	s.link.mu.Lock()
+	s.link.tunnel.next = http2.MaxStreamID
+	s.link.mu.Unlock()
+	last, next := w.connect(), w.connect()
+	if last.link != s.link || next.link == s.link {
+		t.Error("the last id was not used, or one more")
+	}
+	for _, s := range []*Stream{s, last, next} {
+		exchange(t, s, []byte("hello"))
+	}
 }
 
 func TestOpenStreamKeepsTunnel(t *testing.T) {

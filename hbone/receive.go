@@ -23,7 +23,11 @@ func (t *Tunnel) Receive(now time.Time, p []byte, ev Events) error {
 		}
 		p = rest
 		t.more = f.Type == http2.Data && !f.Flags.Has(http2.EndStream) && beginsWithData(rest, f.StreamID)
-		if err := t.frame(now, f, ev); err != nil {
+		err = t.frame(now, f, ev)
+		if err == nil && len(t.out) > maxOutput {
+			err = &http2.ConnError{Code: http2.EnhanceYourCalm, Reason: "the peer does not read what it is sent"}
+		}
+		if err != nil {
 			t.fail(err)
 		}
 	}
@@ -61,9 +65,8 @@ func (t *Tunnel) frame(now time.Time, f http2.Frame, ev Events) error {
 		return t.pinged(now, f)
 	case http2.GoAway:
 		t.peerGoAway(f, ev)
-		return nil
 	}
-	return t.guard.Idle(now) // PRIORITY and unknown types
+	return t.guard.Idle(now) // also PRIORITY and unknown types
 }
 
 // isIdle reports whether no end has used the stream yet. Streams of the
@@ -129,14 +132,14 @@ func (t *Tunnel) beginData(now time.Time, f http2.Frame, ev Events) error {
 	t.receive.Credit(n)
 	t.announceConn()
 	s := t.streams[f.StreamID]
-	if len(f.Payload) == 0 && n == 0 && !f.Flags.Has(http2.EndStream) || s == nil {
-		// Late data for a stream that we reset is no fault, but no progress.
+	switch {
+	case n == 0 && (s == nil || !f.Flags.Has(http2.EndStream)):
 		if err := t.guard.Idle(now); err != nil {
 			return err
 		}
-	} else {
+	case s != nil:
 		t.guard.Moved(n)
-	}
+	} // else it is late data for a stream that we reset: no progress, and no fault
 	switch {
 	case s == nil:
 		return nil

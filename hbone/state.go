@@ -200,6 +200,8 @@ func (s *TunnelState) check() error {
 		return errors.New("limits that no tunnel has")
 	case s.Next%2 == 0 || s.Next > http2.MaxStreamID+2:
 		return fmt.Errorf("the next stream is %d", s.Next)
+	case s.Next > http2.MaxStreamID && !s.Draining:
+		return errors.New("no stream is left, and the tunnel does not end")
 	case s.Last > s.Seen:
 		return fmt.Errorf("stream %d is served and the peer has used %d", s.Last, s.Seen)
 	case len(s.Recent) > len(Tunnel{}.recent):

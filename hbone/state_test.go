@@ -530,6 +530,7 @@ func TestResumeTunnelRefuses(t *testing.T) {
 		"role":          func(s *TunnelState) { s.Role = NoRole },
 		"limits":        func(s *TunnelState) { s.Limits.MaxFrame = 1 },
 		"next":          func(s *TunnelState) { s.Next = 2 },
+		"no next":       func(s *TunnelState) { s.Next = http2.MaxStreamID + 2 },
 		"last":          func(s *TunnelState) { s.Last = s.Seen + 2 },
 		"recent":        func(s *TunnelState) { s.Recent = make([]uint32, 33) },
 		"goaway":        func(s *TunnelState) { s.GoAway = 3 },

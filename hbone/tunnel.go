@@ -130,6 +130,9 @@ const (
 	maxSendFrame = 64 << 10
 	// maxHints bounds 1xx answers to one request.
 	maxHints = 8
+	// maxOutput bounds what is queued for a peer that goes on asking, and does not
+	// read the answers. A driver that sends keeps far below it.
+	maxOutput = 1 << 20
 	// drainPatience is how long a peer may take to answer the PING of a
 	// graceful end before we name the last stream anyway.
 	drainPatience = time.Second
@@ -202,6 +205,11 @@ func (t *Tunnel) Connect(authority string, h Header) (uint32, error) {
 	t.next += 2
 	t.streams[id] = t.newStream()
 	t.out = http2.AppendHeaders(t.out, id, t.header.request(authority, h), false, t.frameSize())
+	if t.next > http2.MaxStreamID {
+		// RFC 9113 5.1.1: that was the last id. Who comes next needs another tunnel,
+		// and this one ends with its streams.
+		t.finalGoAway(http2.NoError, "")
+	}
 	return id, nil
 }
 

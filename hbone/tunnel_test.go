@@ -741,6 +741,35 @@ func TestGracefulShutdown(t *testing.T) {
 	}
 }
 
+// The last id of a stream is used, and after it the tunnel takes none, says so,
+// and ends with its streams (RFC 9113 5.1.1).
+func TestStreamIDsEnd(t *testing.T) {
+	f := greeted(t, ClientRole, Limits{})
+	f.tunnel.next = http2.MaxStreamID
+	id, err := f.tunnel.Connect(target, Header{})
+	if err != nil || id != http2.MaxStreamID {
+		t.Fatalf("the last stream is %d, %v", id, err)
+	}
+	if w := f.answers(); !slices.Equal(w, []string{"HEADERS 2147483647 " + target, "GOAWAY 0 NO_ERROR"}) {
+		t.Errorf("we say %q", w)
+	}
+	if !f.tunnel.Draining() || f.tunnel.Finished() {
+		t.Errorf("draining %v, finished %v", f.tunnel.Draining(), f.tunnel.Finished())
+	}
+	if _, err := f.tunnel.Connect(target, Header{}); err != ErrDraining {
+		t.Errorf("one stream more: %v", err)
+	}
+	if moved := f.tunnel.moved(t, epoch); !moved.Draining() {
+		t.Error("moved, it takes streams")
+	}
+	f.headers(id, true, ":status=200")
+	f.must(f.feed())
+	f.tunnel.Send(id, nil, true)
+	if !f.tunnel.Finished() {
+		t.Error("it does not end with its last stream")
+	}
+}
+
 func TestPeerGoAway(t *testing.T) {
 	f := greeted(t, ClientRole, Limits{})
 	for range 3 {

@@ -182,6 +182,9 @@ func (o *Opener) content(typ byte, p []byte) ([]byte, error) {
 
 // alert acts on an alert (RFC 8446 6): whatever its level, it is final.
 func (o *Opener) alert(p []byte) error {
+	if len(p) == 0 {
+		return o.fail(alertUnexpectedMessage, "an empty alert") // 5.4
+	}
 	if len(p) != 2 {
 		return o.fail(alertDecodeError, "an alert that is not two bytes") // 5.1: not in pieces
 	}

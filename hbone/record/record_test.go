@@ -250,6 +250,7 @@ func TestOpenRefuses(t *testing.T) {
 		{"a protected change_cipher_spec", rec(0, 20, 1), alertUnexpectedMessage},
 		{"an unknown content", rec(0, 99, 1), alertUnexpectedMessage},
 		{"an empty handshake record", rec(0, typeHandshake), alertUnexpectedMessage},
+		{"an empty alert", rec(0, typeAlert), alertUnexpectedMessage},
 		{"half an alert", rec(0, typeAlert, 2), alertDecodeError},
 		{"two alerts in one", rec(0, typeAlert, 1, 90, 1, 0), alertDecodeError},
 		{"a ClientHello", rec(0, typeHandshake, 1, 0, 0, 0), alertUnexpectedMessage},

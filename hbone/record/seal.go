@@ -34,7 +34,7 @@ func (s *Sealer) Seal(dst, p []byte) ([]byte, error) {
 	var err error
 	dst = slices.Grow(dst, len(p)+(len(p)/MaxPlaintext+1)*Overhead)
 	for len(p) > 0 {
-		if s.left == 0 {
+		if s.left <= 0 {
 			if dst, err = s.Update(dst, false); err != nil {
 				return dst, err
 			}
@@ -55,7 +55,7 @@ func (s *Sealer) SealOwned(dst, p []byte) ([]byte, error) {
 	var err error
 	dst = slices.Grow(dst, len(p)+(len(p)/MaxPlaintext+2)*Overhead)
 	for len(p) > 0 {
-		if s.left == 0 {
+		if s.left <= 0 {
 			if dst, err = s.Update(dst, false); err != nil {
 				return dst, err
 			}
