@@ -45,10 +45,12 @@ type dumpWorkload struct {
 	Locality          mesh.Locality  `json:"locality,omitzero"`
 	Node              string         `json:"node,omitempty"`
 	Network           string         `json:"network,omitempty"`
+	NetworkMode       string         `json:"networkMode"` // Standard or HostNetwork
 	Status            string         `json:"status"`
 	Hostname          mesh.Host      `json:"hostname,omitempty"`
 	Capacity          uint32         `json:"capacity"`
 	AppTunnel         *dumpAppTunnel `json:"applicationTunnel,omitempty"`
+	Services          []string       `json:"services,omitempty"` // namespace/host name
 	Policies          []string       `json:"authorizationPolicies,omitempty"`
 }
 
@@ -73,28 +75,21 @@ type dumpService struct {
 	Waypoint        *dumpGateway               `json:"waypoint,omitempty"`
 	Endpoints       map[mesh.UID]*dumpEndpoint `json:"endpoints"`
 	SubjectAltNames []string                   `json:"subjectAltNames"`
-	IPFamilies      string                     `json:"ipFamilies,omitempty"`
+	IPFamilies      string                     `json:"ipFamilies,omitempty"` // IPv4, IPv6 or Dual
+	Canonical       bool                       `json:"canonical"`
+	Visibility      string                     `json:"visibility"` // Public or Namespace
 }
 
 type dumpBalance struct {
-	Mode         mesh.BalanceMode  `json:"mode"`
-	Preferences  []mesh.Preference `json:"routingPreferences"`
-	HealthPolicy string            `json:"healthPolicy"`
+	Mode         string   `json:"mode"`               // Standard, Strict, Failover or Passthrough
+	Preferences  []string `json:"routingPreferences"` // Network, Region, Zone, Subzone, Node or Cluster
+	HealthPolicy string   `json:"healthPolicy"`       // OnlyHealthy or AllowAll
 }
 
 type dumpEndpoint struct {
 	UID     mesh.UID          `json:"workloadUid"`
 	Service string            `json:"service"`
 	Ports   map[string]uint16 `json:"port"`
-}
-
-type dumpPolicy struct {
-	Name      string           `json:"name"`
-	Namespace string           `json:"namespace"`
-	Scope     string           `json:"scope"`
-	Action    string           `json:"action"`
-	DryRun    bool             `json:"dryRun,omitempty"`
-	Rules     [][][]mesh.Match `json:"rules"`
 }
 
 type dumpState struct {
@@ -149,7 +144,7 @@ func workloadDump(w *mesh.Workload) dumpWorkload {
 		WorkloadName: w.Owner.Name, WorkloadType: w.Owner.Kind,
 		CanonicalName: w.CanonicalName, CanonicalRevision: w.CanonicalRevision,
 		ClusterID: w.Cluster, TrustDomain: w.Identity.TrustDomain, Locality: w.Locality, Node: w.Node, Network: w.Network,
-		Status: "Unhealthy", Hostname: w.Host, Capacity: 1,
+		NetworkMode: "Standard", Status: "Unhealthy", Hostname: w.Host, Capacity: 1,
 	}
 	if w.Transport == mesh.HBONE {
 		d.Protocol = "HBONE"
@@ -157,11 +152,17 @@ func workloadDump(w *mesh.Workload) dumpWorkload {
 	if w.Healthy {
 		d.Status = "Healthy"
 	}
+	if w.HostNetwork {
+		d.NetworkMode = "HostNetwork"
+	}
 	if w.Capacity != nil {
 		d.Capacity = *w.Capacity
 	}
 	if w.AppTunnel.Proxy {
 		d.AppTunnel = &dumpAppTunnel{Protocol: "PROXY", Port: w.AppTunnel.Port}
+	}
+	for _, m := range w.Services {
+		d.Services = append(d.Services, m.Service.String())
 	}
 	for _, n := range w.Policies {
 		d.Policies = append(d.Policies, n.String())
@@ -183,7 +184,11 @@ func serviceDump(v *view.View, s *mesh.Service) dumpService {
 	d := dumpService{
 		Name: s.ShortName, Namespace: s.Name.Namespace, Hostname: s.Name.Host, VIPs: []string{},
 		Ports: portsDump(s.Ports), Waypoint: gatewayDump(s.Waypoint), Endpoints: map[mesh.UID]*dumpEndpoint{},
-		SubjectAltNames: append([]string{}, s.SubjectAltNames...), IPFamilies: s.IPFamilies,
+		SubjectAltNames: append([]string{}, s.SubjectAltNames...), Canonical: s.Canonical, Visibility: "Public",
+		IPFamilies: map[string]string{"ipv4": "IPv4", "ipv6": "IPv6", "dual": "Dual"}[s.IPFamilies],
+	}
+	if s.Private {
+		d.Visibility = "Namespace"
 	}
 	for _, vip := range s.VIPs {
 		if vip.Prefix.IsSingleIP() {
@@ -192,14 +197,30 @@ func serviceDump(v *view.View, s *mesh.Service) dumpService {
 			d.CIDRs = append(d.CIDRs, vip.Network+"/"+vip.Prefix.String())
 		}
 	}
-	if s.Mode != mesh.BalanceAny || s.AllowUnhealthy {
-		d.LoadBalancer = &dumpBalance{Mode: s.Mode, Preferences: append([]mesh.Preference{}, s.Preferences...), HealthPolicy: "OnlyHealthy"}
-		if s.AllowUnhealthy {
-			d.LoadBalancer.HealthPolicy = "AllowAll"
-		}
-	}
+	d.LoadBalancer = balanceDump(s)
 	for _, e := range v.Endpoints(s.Name) {
 		d.Endpoints[e.Workload.UID] = &dumpEndpoint{UID: e.Workload.UID, Service: s.Name.String(), Ports: portsDump(e.Ports)}
+	}
+	return d
+}
+
+// balanceDump returns nil for a service whose endpoints are all alike.
+func balanceDump(s *mesh.Service) *dumpBalance {
+	if s.Mode == mesh.BalanceAny && !s.AllowUnhealthy {
+		return nil
+	}
+	d := &dumpBalance{Preferences: []string{}, HealthPolicy: "OnlyHealthy"}
+	d.Mode = map[mesh.BalanceMode]string{
+		mesh.BalanceAny: "Standard", mesh.BalanceStrict: "Strict", mesh.BalanceFailover: "Failover", mesh.BalancePassthrough: "Passthrough",
+	}[s.Mode]
+	for _, p := range s.Preferences {
+		d.Preferences = append(d.Preferences, map[mesh.Preference]string{
+			mesh.PreferNetwork: "Network", mesh.PreferRegion: "Region", mesh.PreferZone: "Zone",
+			mesh.PreferSubzone: "Subzone", mesh.PreferNode: "Node", mesh.PreferCluster: "Cluster",
+		}[p])
+	}
+	if s.AllowUnhealthy {
+		d.HealthPolicy = "AllowAll"
 	}
 	return d
 }
@@ -210,22 +231,6 @@ func portsDump(ports []mesh.Port) map[string]uint16 {
 		m[strconv.Itoa(int(p.Service))] = p.Target
 	}
 	return m
-}
-
-func policyDump(p *mesh.Policy) dumpPolicy {
-	d := dumpPolicy{Name: p.Name.Name, Namespace: p.Name.Namespace, DryRun: p.DryRun, Rules: [][][]mesh.Match{}}
-	d.Scope = map[mesh.Scope]string{
-		mesh.ScopeGlobal: "Global", mesh.ScopeNamespace: "Namespace", mesh.ScopeSelector: "WorkloadSelector",
-	}[p.Scope]
-	d.Action = map[mesh.Action]string{mesh.Allow: "Allow", mesh.Deny: "Deny"}[p.Action]
-	for _, g := range p.Groups {
-		clauses := [][]mesh.Match{}
-		for _, c := range g.Clauses {
-			clauses = append(clauses, append([]mesh.Match{}, c.Matches...))
-		}
-		d.Rules = append(d.Rules, clauses)
-	}
-	return d
 }
 
 // dumpStates returns the local pods with their open connections.
