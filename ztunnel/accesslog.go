@@ -2,13 +2,15 @@ package ztunnel
 
 import (
 	"context"
-	"fmt"
+	"encoding/json"
 	"io"
+	"log/slog"
 	"net/netip"
 	"strconv"
 	"sync"
 	"time"
 
+	"github.com/weft-mesh/weft/internal/obs"
 	"github.com/weft-mesh/weft/mesh"
 )
 
@@ -20,27 +22,35 @@ const (
 )
 
 // accessLog writes one line for each connection when it is over, in the form
-// that tools for ambient meshes read. Who ends a connection never waits for the
-// log: run writes, many lines at once.
+// that tools for ambient meshes read, or as JSON objects with the same fields.
+// Who ends a connection never waits for the log: run writes, many lines at once.
 type accessLog struct {
-	w    io.Writer // nil: nothing is written
-	now  func() time.Time
-	wake chan struct{}
+	w     io.Writer    // nil: nothing is written
+	json  bool         // an object for each line
+	level slog.Leveler // lines below it are not written; nil writes all
+	now   func() time.Time
+	wake  chan struct{}
 
 	mu   sync.Mutex
 	buf  []byte
 	lost int // lines that found no room
 }
 
-func newAccessLog(w io.Writer) *accessLog {
-	return &accessLog{w: w, now: time.Now, wake: make(chan struct{}, 1)}
+func newAccessLog(w io.Writer, json bool, level slog.Leveler) *accessLog {
+	return &accessLog{w: w, json: json, level: level, now: time.Now, wake: make(chan struct{}, 1)}
+}
+
+// writes reports whether lines of level l are written.
+func (a *accessLog) writes(l slog.Level) bool {
+	return a.w != nil && (a.level == nil || l >= a.level.Level())
 }
 
 // write logs f, which ended with err.
 func (a *accessLog) write(f *flow, err error) {
-	if a.w == nil {
+	if !a.writes(levelOf(err)) {
 		return
 	}
+	why := f.verdict()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if len(a.buf) > maxLog {
@@ -48,7 +58,7 @@ func (a *accessLog) write(f *flow, err error) {
 		return
 	}
 	first := len(a.buf) == 0
-	a.buf = appendAccessLine(a.buf, f, err, a.now())
+	a.buf = a.appendLine(a.buf, f, why, err)
 	if !first {
 		return // run knows
 	}
@@ -86,8 +96,9 @@ func (a *accessLog) flush(spare []byte) []byte {
 	a.buf, a.lost = spare[:0], 0
 	a.mu.Unlock()
 	if lost > 0 {
-		b = fmt.Appendf(b, "%s\terror\taccess\tlines lost: the log was not read fast enough\tlines=%d\n",
-			a.now().UTC().Format("2006-01-02T15:04:05.000000Z"), lost)
+		l := a.begin(b, slog.LevelError, "lines lost: the log was not read fast enough")
+		l.number("lines", int64(lost))
+		b = l.end()
 	}
 	if len(b) > 0 {
 		a.w.Write(b) // there is nobody to tell that the log is lost
@@ -98,45 +109,77 @@ func (a *accessLog) flush(spare []byte) []byte {
 	return b
 }
 
-// appendAccessLine appends the line for f at time now.
-func appendAccessLine(b []byte, f *flow, err error, now time.Time) []byte {
-	b = now.UTC().AppendFormat(b, "2006-01-02T15:04:05.000000Z")
+func levelOf(err error) slog.Level {
 	if err != nil {
-		b = append(b, "\terror\taccess\tconnection complete\t"...)
-	} else {
-		b = append(b, "\tinfo\taccess\tconnection complete\t"...)
+		return slog.LevelError
 	}
-	l, p := line{b}, f.who.Value()
+	return slog.LevelInfo
+}
+
+// appendLine appends the line for f, which policies let in for the reason why,
+// if they were asked, and which ended with err.
+func (a *accessLog) appendLine(b []byte, f *flow, why string, err error) []byte {
+	now, p := a.now(), f.who.Value()
+	l := a.beginAt(now, b, levelOf(err), "connection complete")
 	l.addr("src.addr", f.src())
-	l.end("src", p.source, p.sourceID)
+	l.party("src", p.source, p.sourceID)
 	l.addr("dst.addr", p.dst)
 	l.addr("dst.hbone_addr", p.target)
 	if p.service != nil {
 		l.text("dst.service", string(p.service.Name.Host))
 	}
-	l.end("dst", p.destination, proved(f.destinationID))
+	l.party("dst", p.destination, proved(f.destinationID))
 	l.text("direction", f.direction.String())
 	// Seen from the pod: what it sent, what it received.
 	sent, received := f.moved()
 	if f.direction == inbound {
 		sent, received = received, sent
 	}
-	l.raw("bytes_sent", strconv.FormatInt(sent, 10))
-	l.raw("bytes_recv", strconv.FormatInt(received, 10))
+	l.number("bytes_sent", sent)
+	l.number("bytes_recv", received)
 	l.text("duration", strconv.FormatInt(now.Sub(time.Unix(0, f.start)).Milliseconds(), 10)+"ms")
+	l.text("policy", why)
 	if err != nil {
 		l.text("error", err.Error())
+	}
+	return l.end()
+}
+
+// line is a log line in the making; each field ends with a space, or begins
+// with a comma.
+type line struct {
+	b    []byte
+	json bool
+}
+
+func (a *accessLog) begin(b []byte, level slog.Level, message string) line {
+	return a.beginAt(a.now(), b, level, message)
+}
+
+func (a *accessLog) beginAt(now time.Time, b []byte, level slog.Level, message string) line {
+	const layout = "2006-01-02T15:04:05.000000Z"
+	if !a.json {
+		b = append(now.UTC().AppendFormat(b, layout), '\t')
+		b = append(append(b, obs.LevelName(level)...), "\taccess\t"...)
+		return line{b: append(append(b, message...), '\t')}
+	}
+	b = append(now.UTC().AppendFormat(append(b, `{"time":"`...), layout), `","level":"`...)
+	b = append(append(b, obs.LevelName(level)...), `","msg":"`...)
+	return line{append(append(b, message...), `","scope":"access"`...), true}
+}
+
+// end returns the line.
+func (l *line) end() []byte {
+	if l.json {
+		return append(l.b, "}\n"...)
 	}
 	l.b[len(l.b)-1] = '\n'
 	return l.b
 }
 
-// line is a log line in the making; each field ends with a space.
-type line struct{ b []byte }
-
-// end writes the workload at one end. The identity is written only if it was
+// party writes the workload at one end. The identity is written only if it was
 // proved on this connection.
-func (l *line) end(which string, w *mesh.Workload, id mesh.Identity) {
+func (l *line) party(which string, w *mesh.Workload, id mesh.Identity) {
 	namespace := id.Namespace
 	if w != nil {
 		l.text(which+".workload", w.Name.Name)
@@ -149,23 +192,39 @@ func (l *line) end(which string, w *mesh.Workload, id mesh.Identity) {
 	}
 }
 
-func (l *line) raw(key, value string) {
-	l.b = append(l.b, key...)
-	l.b = append(l.b, '=')
-	l.b = append(l.b, value...)
-	l.b = append(l.b, ' ')
+// field writes a value that needs no quotes in text, and has those that it
+// needs in JSON.
+func (l *line) field(key, value string) {
+	if l.json {
+		l.b = append(append(append(l.b, `,"`...), key...), `":`...)
+		l.b = append(l.b, value...)
+		return
+	}
+	l.b = append(append(l.b, key...), '=')
+	l.b = append(append(l.b, value...), ' ')
 }
+
+func (l *line) number(key string, n int64) { l.field(key, strconv.FormatInt(n, 10)) }
 
 // text writes a quoted value, so that nothing in it can pass for a field or a
 // line. Empty ones are left out.
 func (l *line) text(key, value string) {
-	if value != "" {
-		l.raw(key, strconv.Quote(value))
+	switch {
+	case value == "":
+	case l.json:
+		quoted, _ := json.Marshal(value) // of any string
+		l.field(key, string(quoted))
+	default:
+		l.field(key, strconv.Quote(value))
 	}
 }
 
 func (l *line) addr(key string, a netip.AddrPort) {
-	if a.IsValid() {
-		l.raw(key, a.String())
+	switch {
+	case !a.IsValid():
+	case l.json:
+		l.text(key, a.String())
+	default:
+		l.field(key, a.String())
 	}
 }

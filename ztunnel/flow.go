@@ -115,6 +115,21 @@ func (f *flow) facts() authz.Facts {
 	return authz.Facts{Peer: p.sourceID, Source: f.src(), Destination: to}
 }
 
+// verdict says why policies let an inbound flow in, by the View of now: what was
+// let in is decided on again whenever the View changes. It is empty if they were
+// not asked, or do not let it in any more.
+func (f *flow) verdict() string {
+	if f.direction != inbound || !f.admitted.Load() {
+		return ""
+	}
+	q := f.pod()
+	a := admitUnless(guards, q.proxy.cfg.View.Load(), *q.info.Load(), q.id, f.facts())
+	if a.verdict != admitted {
+		return ""
+	}
+	return a.reason
+}
+
 // proved returns the identity that was proved; none if nothing was.
 func proved(id *mesh.Identity) mesh.Identity {
 	if id == nil {

@@ -60,9 +60,15 @@ type Config struct {
 	// when this proxy ends, or nil: then they drain. Nil has none.
 	Heir func() Heir
 
-	Log       *slog.Logger          // required
-	AccessLog io.Writer             // one line for each connection; nil writes none
-	Metrics   prometheus.Registerer // nil exports none
+	Log     *slog.Logger          // required
+	Metrics prometheus.Registerer // nil exports none
+
+	AccessLog io.Writer // one line for each connection; nil writes none
+	// AccessJSON makes each line of AccessLog a JSON object.
+	AccessJSON bool
+	// AccessLevel keeps lines out of AccessLog: connections that failed are
+	// errors, others info. Nil writes all.
+	AccessLevel slog.Leveler
 
 	// DrainTimeout is how long open connections may last after Run's context
 	// ends. 0 is 20 seconds.
@@ -135,7 +141,7 @@ func New(cfg Config) *Proxy {
 	p := &Proxy{
 		cfg:       cfg,
 		active:    !cfg.Standby,
-		telemetry: newTelemetry(cfg.Metrics, newAccessLog(cfg.AccessLog)),
+		telemetry: newTelemetry(cfg.Metrics, newAccessLog(cfg.AccessLog, cfg.AccessJSON, cfg.AccessLevel)),
 		// Each handshake is milliseconds of CPU; a storm of them must not starve
 		// what is established.
 		handshakes: semaphore.NewWeighted(int64(max(1, runtime.GOMAXPROCS(0)/2))),

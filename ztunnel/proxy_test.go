@@ -75,6 +75,20 @@ func TestThroughTheTunnel(t *testing.T) {
 	if strings.Contains(out+in, "error=") {
 		t.Errorf("a clean connection was logged with an error:\n%s\n%s", out, in)
 	}
+	if !strings.Contains(in, `policy="allowed: no policy forbids it"`) || strings.Contains(out, "policy=") {
+		t.Errorf("policies are asked where the connection comes in, and nowhere else:\n%s\n%s", out, in)
+	}
+}
+
+func TestAccessLineNamesThePolicy(t *testing.T) {
+	p := newPair(t, echo)
+	p.setPolicies(allowOnly("friends", "client"))
+	c := p.client.dial(p.service)
+	if err := roundTrip(c, "hello"); err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	p.serverNode.logged(`policy="allowed by policy shop/friends"`)
 }
 
 func TestManyConnectionsShareATunnel(t *testing.T) {

@@ -28,7 +28,7 @@ func sums(t *testing.T, reg *prometheus.Registry) map[string]float64 {
 
 func TestConnectionsAreCounted(t *testing.T) {
 	reg := prometheus.NewRegistry()
-	tel := newTelemetry(reg, newAccessLog(nil))
+	tel := newTelemetry(reg, newAccessLog(nil, false, nil))
 	var open []*flow
 	for range 4 {
 		f := newFlow(outbound, netip.AddrPort{}, parties{})

@@ -1,8 +1,10 @@
 package ztunnel
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
+	"log/slog"
 	"net/netip"
 	"regexp"
 	"strings"
@@ -37,25 +39,76 @@ func TestAccessLine(t *testing.T) {
 	tests := []struct {
 		name string
 		f    *flow
+		why  string
 		err  error
 		want string
+		json string
 	}{
-		{"a tunnel", full, nil,
+		{"a tunnel", full, "", nil,
 			"2026-11-21T07:42:20.500000Z\tinfo\taccess\tconnection complete\t" +
 				`src.addr=10.0.0.2:40000 src.workload="client" src.namespace="shop" src.identity="spiffe://cluster.local/ns/shop/sa/client" src.cluster="Kubernetes" ` +
 				`dst.addr=10.0.0.4:15008 dst.hbone_addr=10.0.0.4:8080 dst.service="server.shop.svc.cluster.local" dst.workload="server" dst.namespace="shop" dst.identity="spiffe://cluster.local/ns/shop/sa/server" dst.cluster="Kubernetes" ` +
-				`direction="outbound" bytes_sent=100 bytes_recv=2000 duration="1500ms"` + "\n"},
-		{"a plain one that failed, with a line break in the reason", plain, errors.New("no\nway \"out\""),
+				`direction="outbound" bytes_sent=100 bytes_recv=2000 duration="1500ms"` + "\n",
+			`{"time":"2026-11-21T07:42:20.500000Z","level":"info","msg":"connection complete","scope":"access",` +
+				`"src.addr":"10.0.0.2:40000","src.workload":"client","src.namespace":"shop","src.identity":"spiffe://cluster.local/ns/shop/sa/client","src.cluster":"Kubernetes",` +
+				`"dst.addr":"10.0.0.4:15008","dst.hbone_addr":"10.0.0.4:8080","dst.service":"server.shop.svc.cluster.local","dst.workload":"server","dst.namespace":"shop","dst.identity":"spiffe://cluster.local/ns/shop/sa/server","dst.cluster":"Kubernetes",` +
+				`"direction":"outbound","bytes_sent":100,"bytes_recv":2000,"duration":"1500ms"}` + "\n"},
+		{"a plain one that was let in and failed, with a line break in the reason", plain, "allowed by policy shop/web", errors.New("no\nway \"out\"\x00"),
 			"2026-11-21T07:42:20.500000Z\terror\taccess\tconnection complete\t" +
 				`src.addr=[fd00::9]:1234 dst.addr=[fd00::4]:8080 dst.workload="server" dst.namespace="shop" dst.cluster="Kubernetes" ` +
-				`direction="inbound" bytes_sent=2000 bytes_recv=100 duration="1500ms" error="no\nway \"out\""` + "\n"},
+				`direction="inbound" bytes_sent=2000 bytes_recv=100 duration="1500ms" policy="allowed by policy shop/web" error="no\nway \"out\"\x00"` + "\n",
+			`{"time":"2026-11-21T07:42:20.500000Z","level":"error","msg":"connection complete","scope":"access",` +
+				`"src.addr":"[fd00::9]:1234","dst.addr":"[fd00::4]:8080","dst.workload":"server","dst.namespace":"shop","dst.cluster":"Kubernetes",` +
+				`"direction":"inbound","bytes_sent":2000,"bytes_recv":100,"duration":"1500ms","policy":"allowed by policy shop/web","error":"no\nway \"out\"\u0000"}` + "\n"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			if diff := cmp.Diff(tt.want, string(appendAccessLine(nil, tt.f, tt.err, start.Add(1500*time.Millisecond)))); diff != "" {
-				t.Error(diff)
+			for json, want := range map[bool]string{false: tt.want, true: tt.json} {
+				a := newAccessLog(nil, json, nil)
+				a.now = func() time.Time { return start.Add(1500 * time.Millisecond) }
+				if diff := cmp.Diff(want, string(a.appendLine(nil, tt.f, tt.why, tt.err))); diff != "" {
+					t.Error(diff)
+				}
 			}
 		})
+	}
+}
+
+// The level of the log counts for connections too, also when it changes.
+func TestAccessLevel(t *testing.T) {
+	f := newFlow(outbound, netip.AddrPort{}, parties{})
+	f.plain = &plainFlow{stats: new(relay.Stats)}
+	level := new(slog.LevelVar)
+	var out bytes.Buffer
+	a := newAccessLog(&out, false, level)
+	for _, l := range []slog.Level{slog.LevelDebug, slog.LevelInfo, slog.LevelWarn, slog.LevelError} {
+		level.Set(l)
+		a.write(f, nil)
+		a.write(f, errors.New("failed"))
+	}
+	a.flush(nil)
+	if ok, failed := strings.Count(out.String(), "\tinfo\t"), strings.Count(out.String(), "\terror\t"); ok != 2 || failed != 4 {
+		t.Errorf("%d lines of connections that went well, want 2; %d of others, want 4\n%s", ok, failed, &out)
+	}
+}
+
+// Lines that find no room are counted, in the form of all lines.
+func TestAccessLinesLost(t *testing.T) {
+	f := newFlow(outbound, netip.AddrPort{}, parties{})
+	f.plain = &plainFlow{stats: new(relay.Stats)}
+	for json, want := range map[bool]string{
+		false: "\terror\taccess\tlines lost: the log was not read fast enough\tlines=2\n",
+		true:  `"level":"error","msg":"lines lost: the log was not read fast enough","scope":"access","lines":2}` + "\n",
+	} {
+		var out bytes.Buffer
+		a := newAccessLog(&out, json, nil)
+		a.buf = make([]byte, maxLog+1)
+		a.write(f, nil)
+		a.write(f, nil)
+		a.flush(nil)
+		if !strings.HasSuffix(out.String(), want) {
+			t.Errorf("ends with %.200q, want %q", out.String()[maxLog:], want)
+		}
 	}
 }
 

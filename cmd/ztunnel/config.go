@@ -75,7 +75,7 @@ func parseConfig(args []string, env func(string) string) (config, error) {
 	text(&c.podIP, "pod-ip", "INSTANCE_IP", "", "address of this pod")
 	text(&c.nodeName, "node-name", "NODE_NAME", "", "name of this node")
 	yes(&c.sameNode, "same-node", "SAME_NODE", false, "carry connections between two pods of this node without TLS and past the pods' interfaces, after the same authorization; the CNI's NetworkPolicy does not see them")
-	yes(&c.accessLog, "access-log", "ACCESS_LOG", true, "write a line for each connection to the standard output")
+	yes(&c.accessLog, "access-log", "ACCESS_LOG", true, "write a line for each connection to the standard output; of one that went well only if the log level is info or lower")
 	yes(&c.standby, "standby", "STANDBY", false, "stand by for the other ztunnel of this pod: take pods and certificates, and accept connections when the other one is gone")
 	drain := "20s"
 	text(&drain, "drain", "DRAIN_TIMEOUT", drain, "how long open connections may last after the end was asked for; keep it under the pod's grace period")

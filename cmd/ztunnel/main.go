@@ -85,7 +85,7 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 		Standby: true, // until the agent says who of the pair is active
 	}
 	if c.accessLog {
-		cfg.AccessLog = out
+		cfg.AccessLog, cfg.AccessJSON, cfg.AccessLevel = out, c.logFormat == "json", level
 	}
 	var after *succession
 	cfg.Heir = func() ztunnel.Heir { return after.heir() }
