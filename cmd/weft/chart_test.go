@@ -149,6 +149,8 @@ func TestValues(t *testing.T) {
 		{"an update starts the new pod first", nil, []string{"updateStrategy"}, "map[rollingUpdate:map[maxSurge:1 maxUnavailable:0] type:RollingUpdate]"},
 		{"an update strategy replaces ours", []string{"updateStrategy.rollingUpdate.maxUnavailable=1"}, []string{"updateStrategy"}, "map[rollingUpdate:map[maxUnavailable:1]]"},
 		{"features can be turned off", []string{"node.disableFeatures={tcx,iterator}"}, []string{"template", "spec", "containers"}, "--disable-features=tcx,iterator"},
+		{"a line for each connection", nil, []string{"template", "spec", "containers"}, "--log-format=text --access-log=true"},
+		{"objects, and none for connections", []string{"logFormat=json", "ztunnel.accessLog=false"}, []string{"template", "spec", "containers"}, "--log-format=json --access-log=false"},
 		{"no node selector", []string{"nodeSelector=null"}, []string{"template", "spec", "nodeSelector"}, "map[]"},
 		{"startup taints are tolerated, whatever else is", []string{"node.startupTaint.enabled=true", "node.startupTaint.keys={a/b}", "tolerations=null"}, []string{"template", "spec", "tolerations"}, "[map[key:a/b operator:Exists]]"},
 		{"no tolerations", []string{"tolerations=null"}, []string{"template", "spec", "tolerations"}, "<nil>"},

@@ -14,6 +14,8 @@ so the probe of the first speaks for both. */}}
   - --same-node={{ eq $root.Values.ztunnel.sameNode "direct" }}
   - --drain={{ $root.Values.ztunnel.drainTimeout }}
   - --log-level={{ $root.Values.logLevel }}
+  - --log-format={{ $root.Values.logFormat | default "text" }}
+  - --access-log={{ $root.Values.ztunnel.accessLog }}
   {{- if .standby }}
   - --standby
   {{- end }}
