@@ -42,7 +42,13 @@ the checks are attacks: do not point it at what others depend on.
   weft hbone-conformance 10.244.1.7:15008 --cert cert.pem --key key.pem \
     --roots root-cert.pem --target 10.244.1.7:8080
 
-The exit code is 1 when a rule of the level must is broken.`,
+The certificate is one of a workload whose connections the policies of the
+target let in, signed by the mesh's CA; docs/hbone.md says how to make one.
+
+A server that does not get as far as HTTP/2 with this client is asked for
+nothing more, and the checks that are left are skipped. Checks that need
+--target or --closed are skipped without it. The exit code is 1 when a rule of
+the level must is broken, or nothing could be tested.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := f.out.check(); err != nil {
@@ -83,6 +89,12 @@ func (f *hboneFlags) config(address string) (conformance.Config, error) {
 			errs = append(errs, fmt.Errorf("--%s is %q: want ip:port", t.name, t.value))
 		}
 	}
+	if f.peer != "" && !strings.HasPrefix(f.peer, "spiffe://") {
+		errs = append(errs, fmt.Errorf("--peer is %q: want spiffe://TRUST-DOMAIN/ns/NAMESPACE/sa/ACCOUNT", f.peer))
+	}
+	if f.timeout <= 0 {
+		errs = append(errs, fmt.Errorf("--timeout is %v: want more than nothing", f.timeout))
+	}
 	if f.roots == "" && !f.skipVerify {
 		errs = append(errs, errors.New("--roots is missing: whose server is it?"))
 	}
@@ -117,8 +129,10 @@ func (f *hboneFlags) config(address string) (conformance.Config, error) {
 func (f *hboneFlags) run(ctx context.Context, w io.Writer, cfg conformance.Config) error {
 	var report func(conformance.Result)
 	if f.out == "" {
-		fmt.Fprintf(w, "%-4s  %-6s  %-7s  %-36s  %s\n", "", "LEVEL", "SECTION", "CHECK", "DETAIL")
+		head := fmt.Sprintf("%-4s  %-6s  %-7s  %-36s  %s\n", "", "LEVEL", "SECTION", "CHECK", "DETAIL")
 		report = func(r conformance.Result) {
+			fmt.Fprint(w, head) // before the first: there may be none
+			head = ""
 			line := fmt.Sprintf("%-4s  %-6s  %-7s  %-36s  %s", r.Verdict, r.Level, r.Section, r.Name, r.Detail)
 			fmt.Fprintln(w, strings.TrimRight(line, " "))
 		}

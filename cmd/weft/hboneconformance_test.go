@@ -123,6 +123,8 @@ func TestHBONEConformanceComplains(t *testing.T) {
 		{[]string{"hbone-conformance", "127.0.0.1:1"}, "--roots is missing"},
 		{[]string{"hbone-conformance", "127.0.0.1:1", "--roots", "x"}, "--cert and --key are missing"},
 		{[]string{"hbone-conformance", "127.0.0.1:1", "--target", "here"}, `--target is "here"`},
+		{[]string{"hbone-conformance", "127.0.0.1:1", "--peer", "web"}, `--peer is "web"`},
+		{[]string{"hbone-conformance", "127.0.0.1:1", "--timeout", "-1s"}, "--timeout is -1s"},
 		{append(hboneWorld(t, false), "--only", "nonsense"), "no check begins with"},
 	} {
 		if code, _, errOut := weft(t, tt.args); code != 1 || !strings.Contains(errOut, tt.want) {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strings"
 	"time"
 )
 
@@ -79,6 +80,10 @@ type check struct {
 	run           func(*suite) error
 }
 
+// basic reports whether nothing more can be learned of a server that fails k: a
+// handshake with whom we want, and SETTINGS, come before everything else.
+func (k check) basic() bool { return k.name == "tls.identity" || k.name == "h2.settings.ack" }
+
 // suite is one run.
 type suite struct {
 	Config
@@ -101,7 +106,9 @@ func checks() []check {
 
 // Run makes every check, one after the other, and tells each result to report,
 // which may be nil. The error says that no check could be made at all: a
-// failed check is a result. A check that ctx cuts short is missing.
+// failed check is a result. A server that does not get as far as SETTINGS is
+// not asked for more: the rest is skipped. A check that ctx cuts short is
+// missing.
 func Run(ctx context.Context, cfg Config, report func(Result)) ([]Result, error) {
 	if cfg.Timeout <= 0 {
 		cfg.Timeout = 5 * time.Second
@@ -122,13 +129,20 @@ func Run(ctx context.Context, cfg Config, report func(Result)) ([]Result, error)
 	_ = c.Close() // it was only knocked at
 	s := &suite{Config: cfg, ctx: ctx}
 	var results []Result
+	var broken string // the basic check that failed
 	for _, k := range checks() {
-		if len(k.name) < len(cfg.Only) || k.name[:len(cfg.Only)] != cfg.Only {
+		if !strings.HasPrefix(k.name, cfg.Only) {
 			continue
 		}
-		r := s.judge(k)
+		r := Result{Name: k.name, Section: k.section, Level: k.level, Verdict: Skip, Detail: "not tried, because " + broken + " failed"}
+		if broken == "" {
+			r = s.judge(k)
+		}
 		if ctx.Err() != nil {
 			return results, context.Cause(ctx)
+		}
+		if k.basic() && r.Verdict == Fail {
+			broken = k.name
 		}
 		results = append(results, r)
 		if report != nil {

@@ -232,7 +232,7 @@ func TestBrokenServersFail(t *testing.T) {
 				_, _ = io.WriteString(t, "HTTP/1.1 200 OK\r\n\r\n")
 				_, _ = io.Copy(io.Discard, t)
 			})
-		}, "h2.settings.", []string{"h2.settings.first", "h2.settings.ack", "h2.settings.values"}},
+		}, "h2.settings.", []string{"h2.settings.first", "h2.settings.ack"}},
 		{"serves every target", func(w *world) string { return w.x(w.serverTLS(), believes) }, "connect.",
 			[]string{"connect.foreign", "connect.loopback", "connect.closed", "connect.get", "connect.authority.port"}},
 		{"changes what it carries", func(w *world) string { return w.x(w.serverTLS(), shuffles) }, "data.",
@@ -326,6 +326,62 @@ func TestRunNeedsAServer(t *testing.T) {
 	cfg.Certificate = nil
 	if _, err := Run(t.Context(), cfg, nil); err == nil {
 		t.Error("without a certificate: no error")
+	}
+}
+
+// What is no HBONE server at all is told so once, and soon, and passes nothing
+// that it cannot have understood.
+func TestServersThatAreNone(t *testing.T) {
+	rows := []struct {
+		name  string
+		serve func(w *world) string
+		fails string // the first check that fails
+		why   string
+		runs  int // checks that were made
+	}{
+		{"an echo", func(w *world) string { return w.app }, "tls.identity", "does not seem to speak TLS", 1},
+		{"hangs up", func(w *world) string { return w.listen(func(net.Conn) {}) }, "tls.identity", "ends it without an alert", 1},
+		{"speaks first", func(w *world) string {
+			return w.listen(func(c net.Conn) {
+				_, _ = io.WriteString(c, "220 mail.example.com ready\r\n")
+				_, _ = io.Copy(io.Discard, c)
+			})
+		}, "tls.identity", "does not seem to speak TLS", 1},
+		{"says nothing", func(w *world) string { return w.listen(func(c net.Conn) { _, _ = io.Copy(io.Discard, c) }) },
+			"tls.identity", "says nothing", 1},
+		{"TLS, and something else in it", func(w *world) string {
+			return w.listen(func(c net.Conn) {
+				t := tls.Server(c, w.serverTLS())
+				_, _ = io.WriteString(t, "220 mail.example.com ready\r\n")
+				_ = t.Close()
+			})
+		}, "h2.settings.first", "the first frame is", 13},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			cfg := w.config(row.serve(w))
+			if row.why == "says nothing" {
+				cfg.Timeout = 100 * time.Millisecond
+			}
+			rs, err := Run(t.Context(), cfg, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			made, first := 0, Result{}
+			for _, r := range rs {
+				if r.Verdict != Skip {
+					made++
+				}
+				if r.Verdict == Fail && r.Name == row.fails {
+					first = r
+				}
+			}
+			if !strings.Contains(first.Detail, row.why) || made != row.runs || len(rs) != len(checks()) || !Failed(rs, false) {
+				t.Errorf("%d of %d checks made, want %d; %+v, want %s", made, len(rs), row.runs, first, row.why)
+			}
+		})
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	h2 "golang.org/x/net/http2"
@@ -94,10 +95,26 @@ func (s *suite) dial(change func(*tls.Config)) (*tls.Conn, error) {
 	t := tls.Client(c, cfg)
 	if err := t.HandshakeContext(s.ctx); err != nil {
 		_ = c.Close() // the handshake's error says more
-		return nil, fmt.Errorf("handshake: %w", err)
+		return nil, handshakeError(err)
 	}
 	_ = c.SetDeadline(time.Time{})
 	return t, nil
+}
+
+// handshakeError says in plain words why a handshake has failed, where
+// crypto/tls and the kernel do not.
+func handshakeError(err error) error {
+	var timeout net.Error
+	var strange tls.RecordHeaderError
+	switch {
+	case errors.As(err, &timeout) && timeout.Timeout():
+		return errors.New("handshake: the server says nothing")
+	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET):
+		return fmt.Errorf("handshake: the server ends it without an alert: %w", err)
+	case errors.As(err, &strange), strings.Contains(err.Error(), "unexpected handshake message"):
+		return fmt.Errorf("handshake: the server does not seem to speak TLS: %w", err)
+	}
+	return fmt.Errorf("handshake: %w", err)
 }
 
 // greet opens a connection and exchanges SETTINGS.
