@@ -79,7 +79,8 @@ type ask struct {
 	name  string
 	kind  dnsmessage.Type
 	class dnsmessage.Class
-	size  int // of its OPT record; 0 has none
+	size  int  // of its OPT record; 0 has none
+	do    bool // DNSSEC OK, in it
 	edit  func([]byte) []byte
 }
 
@@ -104,7 +105,7 @@ func (a ask) message(t testing.TB) []byte {
 	if a.size > 0 {
 		check(b.StartAdditionals())
 		var h dnsmessage.ResourceHeader
-		check(h.SetEDNS0(a.size, 0, false))
+		check(h.SetEDNS0(a.size, 0, a.do))
 		check(b.OPTResource(h, dnsmessage.OPTResource{}))
 	}
 	m, err := b.Finish()
@@ -177,6 +178,7 @@ func TestDecide(t *testing.T) {
 		{"everything there is", ask{name: "cart.shop.svc.cluster.local.", kind: dnsmessage.TypeALL}, Client{}, forwarded},
 		{"other classes", ask{name: "cart.shop.svc.cluster.local.", kind: a, class: dnsmessage.ClassCHAOS}, Client{}, forwarded},
 		{"with EDNS", ask{name: "cart.shop.svc.cluster.local.", kind: a, size: 1232}, Client{}, []string{"10.96.0.1"}},
+		{"with EDNS, and DNSSEC OK", ask{name: "cart.shop.svc.cluster.local.", kind: a, size: 1232, do: true}, Client{}, []string{"10.96.0.1"}},
 		{"with EDNS of a later version", ask{name: "cart.shop.svc.cluster.local.", kind: a, size: 1232, edit: func(m []byte) []byte {
 			m[len(m)-5] = 1
 			return m
@@ -208,6 +210,8 @@ func TestDecide(t *testing.T) {
 			}
 			if opt := len(reply.Additionals); opt != min(1, tc.ask.size) {
 				t.Errorf("%d additional records, want OPT exactly if it was asked with one", opt)
+			} else if opt > 0 && reply.Additionals[0].Header.DNSSECAllowed() != tc.ask.do {
+				t.Errorf("OPT %+v, want DNSSEC OK to be %v, as it was asked", reply.Additionals[0].Header, tc.ask.do)
 			}
 			if !Answers(m, d.Message) {
 				t.Error("the reply is no answer to the query")
@@ -363,6 +367,21 @@ func TestFailure(t *testing.T) {
 	}
 	if Failure(got) != nil || Failure(query[:5]) != nil {
 		t.Error("what is no query fails with a reply")
+	}
+	// OPT is answered with OPT, also in a failure and in place of a long answer.
+	for _, a := range []ask{{size: 0}, {size: 1232}, {size: 512, do: true}} {
+		a.name, a.kind = "www.example.net.", dnsmessage.TypeA
+		query := a.message(t)
+		for what, reply := range map[string][]byte{"failure": Failure(query), "truncated": truncated(query)} {
+			var m dnsmessage.Message
+			if err := m.Unpack(reply); err != nil || len(m.Additionals) != min(1, a.size) {
+				t.Errorf("%s, OPT of %d: %+v, %v", what, a.size, m, err)
+				continue
+			}
+			if a.size > 0 && (m.Additionals[0].Header.Type != dnsmessage.TypeOPT || m.Additionals[0].Header.Class != maxUDP || m.Additionals[0].Header.DNSSECAllowed() != a.do) {
+				t.Errorf("%s: OPT %+v, want %d bytes, DNSSEC OK %v", what, m.Additionals[0].Header, maxUDP, a.do)
+			}
+		}
 	}
 }
 

@@ -52,8 +52,9 @@ type query struct {
 	kind     dnsmessage.Type
 	class    dnsmessage.Class
 
-	edns    bool // has an OPT record (RFC 6891)
-	udpSize int  // bytes that the client takes over UDP
+	edns     bool // has an OPT record (RFC 6891)
+	dnssecOK bool // in it
+	udpSize  int  // bytes that the client takes over UDP
 }
 
 // parse reads what a client sent.
@@ -109,7 +110,7 @@ func (q *query) readAdditional(p *dnsmessage.Parser) problem {
 		case h.TTL>>16&0xff != 0:
 			return strange // a later version, which its resolver may know
 		}
-		q.edns, q.udpSize = true, max(minUDP, int(h.Class))
+		q.edns, q.udpSize, q.dnssecOK = true, max(minUDP, int(h.Class)), h.DNSSECAllowed()
 		if p.SkipAdditional() != nil {
 			return malformed
 		}
@@ -183,9 +184,9 @@ func build(b []byte, q query, addrs []netip.Addr, truncated bool) ([]byte, error
 			errs = append(errs, m.AAAAResource(h, dnsmessage.AAAAResource{AAAA: a.As16()}))
 		}
 	}
-	if q.edns {
+	if q.edns { // and says again what the query says of DNSSEC (RFC 3225, section 3)
 		var h dnsmessage.ResourceHeader
-		errs = append(errs, m.StartAdditionals(), h.SetEDNS0(maxUDP, dnsmessage.RCodeSuccess, false), m.OPTResource(h, dnsmessage.OPTResource{}))
+		errs = append(errs, m.StartAdditionals(), h.SetEDNS0(maxUDP, dnsmessage.RCodeSuccess, q.dnssecOK), m.OPTResource(h, dnsmessage.OPTResource{}))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
@@ -198,8 +199,10 @@ const (
 	maxUDP = 4096  // of a reply over UDP, whatever the client takes
 )
 
-// failure appends a reply to msg that only has a code, and the question if
-// there is one. msg has at least a header.
+// failure appends a reply to msg that only has a code, the question if there is
+// one, and an OPT record if msg has one that can be read: without it the client
+// would take us for a server that does not know them (RFC 6891, section 7). msg
+// has at least a header.
 func failure(b, msg []byte, code dnsmessage.RCode) []byte {
 	end, ok := questionEnd(msg)
 	if !ok || binary.BigEndian.Uint16(msg[4:]) != 1 {
@@ -211,6 +214,13 @@ func failure(b, msg []byte, code dnsmessage.RCode) []byte {
 	clear(b[4:headerSize])
 	if end > headerSize {
 		b[5] = 1
+	}
+	if q, problem := parse(msg); q.edns && problem != malformed {
+		b[11] = 1
+		b = append(b, 0, 0, byte(dnsmessage.TypeOPT), maxUDP>>8, maxUDP&0xff, 0, 0, 0, 0, 0, 0)
+		if q.dnssecOK {
+			b[len(b)-4] = 0x80
+		}
 	}
 	return b
 }
