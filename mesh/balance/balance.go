@@ -99,23 +99,24 @@ func capacity(w *mesh.Workload) uint64 {
 	return uint64(*w.Capacity)
 }
 
-// near reports whether two workloads share what p is about. Places that are
-// not known are not shared; the empty network and cluster are real ones.
+// near reports whether two workloads share what p is about. Regions, zones and
+// subzones that neither has are shared, as in Istio: most clusters have no
+// subzones, and many no zones, and their nodes are still nodes. An unknown node
+// is nobody's; the empty network and cluster are real ones.
 func near(p mesh.Preference, a, b *mesh.Workload) bool {
-	known := func(x, y string) bool { return x != "" && x == y }
 	switch p {
 	case mesh.PreferNetwork:
 		return a.Network == b.Network
 	case mesh.PreferCluster:
 		return a.Cluster == b.Cluster
 	case mesh.PreferRegion:
-		return known(a.Locality.Region, b.Locality.Region)
+		return a.Locality.Region == b.Locality.Region
 	case mesh.PreferZone:
-		return known(a.Locality.Zone, b.Locality.Zone)
+		return a.Locality.Zone == b.Locality.Zone
 	case mesh.PreferSubzone:
-		return known(a.Locality.Subzone, b.Locality.Subzone)
+		return a.Locality.Subzone == b.Locality.Subzone
 	case mesh.PreferNode:
-		return known(a.Node, b.Node)
+		return a.Node != "" && a.Node == b.Node
 	}
 	return false // a preference of a later version
 }

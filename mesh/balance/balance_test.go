@@ -31,6 +31,7 @@ func of(capacity uint32, w *mesh.Workload) *mesh.Workload {
 func TestChoose(t *testing.T) {
 	from := *at("eu", "a", "n1")
 	near := []mesh.Preference{mesh.PreferRegion, mesh.PreferZone, mesh.PreferNode}
+	sameNode := []mesh.Preference{mesh.PreferNetwork, mesh.PreferRegion, mesh.PreferZone, mesh.PreferSubzone, mesh.PreferNode} // as compiled
 	for _, tc := range []struct {
 		name    string
 		service mesh.Service
@@ -60,7 +61,7 @@ func TestChoose(t *testing.T) {
 			[]*mesh.Workload{at("eu", "a", "n1"), at("eu", "a", "n2"), at("us", "a", "n1")}, []mesh.UID{"eu/a/n1"}},
 		{"strict: none is near", mesh.Service{Mode: mesh.BalanceStrict, Preferences: near}, from, []*mesh.Workload{at("eu", "a", "n2")}, nil},
 		{"strict: near but sick", mesh.Service{Mode: mesh.BalanceStrict, Preferences: near}, from, []*mesh.Workload{sick(at("eu", "a", "n1")), at("eu", "a", "n2")}, nil},
-		{"strict: unknown places are not shared", mesh.Service{Mode: mesh.BalanceStrict, Preferences: []mesh.Preference{mesh.PreferNode}}, *at("", "", ""),
+		{"strict: unknown nodes are not shared", mesh.Service{Mode: mesh.BalanceStrict, Preferences: []mesh.Preference{mesh.PreferNode}}, *at("", "", ""),
 			[]*mesh.Workload{at("", "", "")}, nil},
 		{"strict: a preference of a later version", mesh.Service{Mode: mesh.BalanceStrict, Preferences: []mesh.Preference{"rack"}}, from, []*mesh.Workload{at("eu", "a", "n1")}, nil},
 		{"strict: the empty network is one", mesh.Service{Mode: mesh.BalanceStrict, Preferences: []mesh.Preference{mesh.PreferNetwork, mesh.PreferCluster}}, from,
@@ -73,6 +74,15 @@ func TestChoose(t *testing.T) {
 		{"failover: preferences count up to the first that fails", mesh.Service{Mode: mesh.BalanceFailover, Preferences: near}, from,
 			[]*mesh.Workload{at("us", "a", "n1"), at("eu", "b", "n3")}, []mesh.UID{"eu/b/n3"}},
 		{"failover: anybody at last", mesh.Service{Mode: mesh.BalanceFailover, Preferences: near}, from, []*mesh.Workload{at("us", "b", "n9")}, []mesh.UID{"us/b/n9"}},
+
+		{"failover: the same node, where there are no subzones", mesh.Service{Mode: mesh.BalanceFailover, Preferences: sameNode}, from,
+			[]*mesh.Workload{at("eu", "a", "n2"), at("eu", "a", "n1"), at("eu", "b", "n3")}, []mesh.UID{"eu/a/n1"}},
+		{"failover: the same node, where there are no zones", mesh.Service{Mode: mesh.BalanceFailover, Preferences: sameNode}, *at("", "", "n1"),
+			[]*mesh.Workload{at("", "", "n2"), at("", "", "n1"), at("eu", "a", "n1")}, []mesh.UID{"//n1"}},
+		{"failover: a place that only one of the two has is another", mesh.Service{Mode: mesh.BalanceFailover, Preferences: sameNode}, from,
+			[]*mesh.Workload{at("", "", "n1"), at("eu", "", "n1"), at("eu", "a", "n2")}, []mesh.UID{"eu/a/n2"}},
+		{"failover: without zones anybody is in the same", mesh.Service{Mode: mesh.BalanceFailover, Preferences: sameNode[:3]}, *at("", "", "n1"),
+			[]*mesh.Workload{at("", "", "n2"), at("", "", "n1")}, []mesh.UID{"//n2", "//n1"}},
 
 		{"passthrough chooses nobody", mesh.Service{Mode: mesh.BalancePassthrough}, from, []*mesh.Workload{at("eu", "a", "n1")}, nil},
 		{"a mode of a later version chooses nobody", mesh.Service{Mode: "luck"}, from, []*mesh.Workload{at("eu", "a", "n1")}, nil},
