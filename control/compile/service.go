@@ -14,7 +14,8 @@ import (
 )
 
 // annotationDistribution is Istio's older way to write
-// spec.trafficDistribution; the field wins over it.
+// spec.trafficDistribution; the field wins over it. A ServiceEntry has no such
+// field.
 const annotationDistribution = "networking.istio.io/traffic-distribution"
 
 // A labelPair is a label with its value, of the objects of a namespace.

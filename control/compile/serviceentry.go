@@ -308,6 +308,8 @@ func (w *World) addEntry(e *serviceEntry, giver *giver) {
 		}
 		if e.Spec.GetResolution() == networkingv1alpha3.ServiceEntry_NONE && !e.closed {
 			s.Mode = mesh.BalancePassthrough
+		} else if ps := near(e.Annotations[annotationDistribution]); ps != nil {
+			s.Preferences, s.Mode = ps, mesh.BalanceFailover
 		}
 		w.Services = append(w.Services, s)
 		if e.selector != nil && !e.closed {
