@@ -132,7 +132,7 @@ func (p *Proxy) handOver(heir Heir) {
 		q.accepts.Wait()
 	}
 	start := time.Now()
-	declined := make(map[*pod]bool)
+	behind := make(map[*pod]bool) // of which a tunnel stays
 	var all gifts
 	var err error
 	for {
@@ -140,11 +140,11 @@ func (p *Proxy) handOver(heir Heir) {
 		// that begins when nothing does.
 		settled := p.arriving.Load() == 0
 		for _, q := range pods {
-			if err == nil && !declined[q] {
-				declined[q], err = q.handOver(heir, &all)
+			if err == nil {
+				behind[q], err = giveAll(heir, q, q.movers(), &all)
 			}
 		}
-		if err != nil || settled && p.flows.tunnelled(declined) == 0 || time.Since(start) > handoverTime {
+		if err != nil || settled && p.flows.tunnelled(behind) == 0 || time.Since(start) > handoverTime {
 			break
 		}
 		time.Sleep(handoverPause) // what is being set up
@@ -176,32 +176,59 @@ func (r *registry) tunnelled(without map[*pod]bool) int {
 	return n
 }
 
-// handOver gives the pod's tunnels to heir, and notes them in all. declined says
-// that it does not want one of them, and an error that it takes no more.
-func (q *pod) handOver(heir Heir, all *gifts) (declined bool, err error) {
-	movers := append(q.server.Movers(), q.proxy.pool.Movers(q.owner)...)
+// A mover is a loop.Mover.
+type mover interface {
+	Ahead() []loop.Backlog
+	Freeze() (*loop.Frozen, error)
+	Keep()
+}
+
+// movers returns the pod's tunnels. Each is to be given, or kept.
+func (q *pod) movers() (all []mover) {
+	for _, ms := range [][]loop.Mover{q.server.Movers(), q.proxy.pool.Movers(q.owner)} {
+		for _, m := range ms {
+			all = append(all, m)
+		}
+	}
+	return all
+}
+
+// giveAll gives tunnels of a pod to heir, and notes them in all. behind says that
+// one of them stays, since the heir does not want it or it cannot be given, and
+// an error that the heir takes no more.
+func giveAll(heir Heir, q *pod, movers []mover, all *gifts) (behind bool, err error) {
 	for i, m := range movers {
+		if all.stay[m] {
+			behind = true
+			m.Keep()
+			continue
+		}
 		g, err := q.give(heir, m, all)
 		switch {
 		case err == nil:
 			all.tunnels++
 			all.add(g)
-		case errors.Is(err, handover.ErrDeclined):
-			declined = true
+		case errors.Is(err, handover.ErrDeclined), errors.Is(err, errUnfrozen):
+			behind = true
+			all.stays(m)
+			m.Keep()
 			q.proxy.cfg.Log.Warn("a tunnel stays here, and drains", "pod", q.info.Load().Name, "error", err)
 		case errors.Is(err, loop.ErrNotMovable): // it has just ended
 		default:
 			for _, rest := range movers[i:] {
 				rest.Keep()
 			}
-			return declined, err
+			return behind, err
 		}
 	}
-	return declined, nil
+	return behind, nil
 }
 
+// errUnfrozen is why a tunnel is not given that lives.
+var errUnfrozen = errors.New("the tunnel cannot be made to stand still")
+
 // give gives one tunnel to heir, with its connections, as the next part.
-func (q *pod) give(heir Heir, m loop.Mover, all *gifts) (gift, error) {
+func (q *pod) give(heir Heir, m mover, all *gifts) (gift, error) {
 	start := time.Now()
 	all.begun++
 	ahead, err := sendAhead(heir, m, all.begun)
@@ -212,8 +239,11 @@ func (q *pod) give(heir Heir, m loop.Mover, all *gifts) (gift, error) {
 		return gift{}, err
 	}
 	frozen, err := m.Freeze()
-	if err != nil {
+	if errors.Is(err, loop.ErrNotMovable) {
 		return gift{}, err
+	}
+	if err != nil {
+		return gift{}, fmt.Errorf("%w: %w", errUnfrozen, err)
 	}
 	g := gift{conns: len(frozen.Owners), ahead: ahead, early: frozen.Since.Sub(start), freeze: time.Since(frozen.Since)}
 	part := movedPart{number: all.begun, pod: q.info.Load().UID, id: q.id, frozen: frozen.Since.UnixNano(), tunnel: frozen.State}
@@ -244,7 +274,7 @@ const (
 
 // sendAhead sends what waits for applications in a tunnel while the tunnel still
 // works, and returns how many bytes that was.
-func sendAhead(heir Heir, m loop.Mover, number uint32) (sent int, err error) {
+func sendAhead(heir Heir, m mover, number uint32) (sent int, err error) {
 	text := make([]byte, handover.MaxAhead)
 	defer clear(text)
 	binary.BigEndian.PutUint32(text, number)

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weft-mesh/weft/hbone/loop"
 	"github.com/weft-mesh/weft/internal/handover"
 )
 
@@ -403,6 +404,56 @@ func TestFailedHandoverDrains(t *testing.T) {
 			c.Close()
 			<-done
 		})
+	}
+}
+
+// A stuck tunnel cannot be made to stand still.
+type stuck struct {
+	mover
+	tries, kept *int
+}
+
+func (s stuck) Freeze() (*loop.Frozen, error) { *s.tries++; return nil, errors.New("it is stuck") }
+func (s stuck) Keep()                         { *s.kept++; s.mover.Keep() }
+
+// TestHandoverLeavesAStuckTunnelBehind: the others go, and it works on.
+func TestHandoverLeavesAStuckTunnelBehind(t *testing.T) {
+	w := newWorld(t)
+	n := w.node(nil)
+	client := n.add("client", nil)
+	var conns []net.Conn
+	for i := range 3 {
+		server := n.add(fmt.Sprint("server-", i), nil)
+		c := client.dial(w.publish(fmt.Sprint("service-", i), client, server, server.app(echo).Port(), nil))
+		hello(t, c)
+		conns = append(conns, c)
+	}
+	q := n.podAt(client.addr)
+	movers := q.movers()
+	if len(movers) != len(conns) {
+		t.Fatalf("%d tunnels, want %d", len(movers), len(conns))
+	}
+	var tries, kept, given int
+	movers[0] = stuck{movers[0], &tries, &kept}
+	h := &heirs{give: func([]byte, []int) error { given++; return nil }}
+	all := new(gifts)
+	for range 2 { // a stuck one is not tried again
+		behind, err := giveAll(h, q, movers, all)
+		if err != nil || !behind {
+			t.Errorf("one stays: %v, %v", behind, err)
+		}
+	}
+	if given != len(movers)-1 || all.tunnels != given || tries != 1 || kept != 2 {
+		t.Errorf("%d of %d were given, the stuck one was tried %d times and kept %d times", given, len(movers), tries, kept)
+	}
+	works := 0
+	for _, c := range conns { // the successor of the others has let go of them
+		if roundTrip(c, "still there") == nil {
+			works++
+		}
+	}
+	if works != 1 {
+		t.Errorf("%d connections are left, want that of the stuck tunnel", works)
 	}
 }
 

@@ -18,12 +18,13 @@ type gift struct {
 
 // gifts are the parts that were handed over.
 type gifts struct {
-	begun          uint32        // parts that were tried
-	tunnels, plain int           // parts of each kind
-	conns          int           // in all of them
-	ahead          int           // bytes
-	early          time.Duration // the longest
-	awaited        time.Duration // what the heir's late answers took
+	begun          uint32         // parts that were tried
+	stay           map[mover]bool // tunnels that are not given
+	tunnels, plain int            // parts of each kind
+	conns          int            // in all of them
+	ahead          int            // bytes
+	early          time.Duration  // the longest
+	awaited        time.Duration  // what the heir's late answers took
 	slowest        gift
 }
 
@@ -61,6 +62,13 @@ func (gs *gifts) add(g gift) {
 	if g.freeze+g.pack+g.give > gs.slowest.freeze+gs.slowest.pack+gs.slowest.give {
 		gs.slowest = g
 	}
+}
+
+func (gs *gifts) stays(m mover) {
+	if gs.stay == nil {
+		gs.stay = make(map[mover]bool)
+	}
+	gs.stay[m] = true
 }
 
 // A pause is how long a part stood still that was taken over, from when its
