@@ -232,13 +232,13 @@ func (q *pod) resolve(ctx context.Context, plan plan, f *flow, c *net.TCPConn) e
 	if !f.carry(c) {
 		return nil // outcome says why
 	}
-	return q.resolver.serveStream(ctx, c, func(ctx context.Context) (net.Conn, error) {
+	return q.resolver.serveStream(ctx, f, c, func(ctx context.Context) (net.Conn, error) {
 		up, err := q.dialOut(ctx, plan.dial)
 		if err != nil {
 			return nil, connectError(err)
 		}
 		return up, nil
-	}, f.plain.stats)
+	})
 }
 
 // copy relays between the client's side a and the server's side b.

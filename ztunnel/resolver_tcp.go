@@ -1,15 +1,16 @@
 package ztunnel
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"time"
 
-	"github.com/weft-mesh/weft/internal/relay"
 	"github.com/weft-mesh/weft/ztunnel/dns"
 )
 
@@ -21,13 +22,17 @@ const (
 	// streamTimeout how long one takes.
 	streamIdle    = 30 * time.Second
 	streamTimeout = 10 * time.Second
+	// lingerPart of Config.DrainTimeout is how long a client may take to ask the
+	// next question of a proxy that ends, and twice that how long it may ask.
+	lingerPart = 4
 )
 
-// serveStream serves a connection of the pod to a name server outside the mesh:
-// names of the mesh are answered here, everything else by the server, which up
-// connects to. What is not a question with one answer is carried as it is. It
-// closes c.
-func (r *resolver) serveStream(ctx context.Context, c net.Conn, up func(context.Context) (net.Conn, error), stats *relay.Stats) error {
+// serveStream serves f, a connection c of the pod to a name server outside the
+// mesh: names of the mesh are answered here, everything else by the server, which
+// up connects to. What is not a question with one answer is carried as it is. It
+// closes c: when the proxy ends or the pod leaves, between two questions, as
+// clients expect of a server at any time (RFC 7766 6.2.3, 6.2.4).
+func (r *resolver) serveStream(ctx context.Context, f *flow, c net.Conn, up func(context.Context) (net.Conn, error)) error {
 	defer c.Close()
 	select {
 	case r.streams <- struct{}{}:
@@ -37,20 +42,17 @@ func (r *resolver) serveStream(ctx context.Context, c net.Conn, up func(context.
 	}
 	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	s := stream{resolver: r, client: c, connect: up, stats: stats}
+	s := stream{resolver: r, flow: f, client: c, connect: up}
 	defer s.hangUp()
 	for {
-		if err := errors.Join(c.SetDeadline(time.Now().Add(streamIdle)), ctx.Err()); err != nil {
-			return err
-		}
-		query, err := dns.ReadFrame(c)
+		query, err := s.next(ctx)
 		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {
 			return fmt.Errorf("read name query: %w", err)
 		}
-		stats.Sent.Add(int64(2 + len(query)))
+		f.plain.stats.Sent.Add(int64(2 + len(query)))
 		if done, err := s.serve(ctx, query); done || err != nil {
 			return err
 		}
@@ -61,10 +63,60 @@ func (r *resolver) serveStream(ctx context.Context, c net.Conn, up func(context.
 // there is one.
 type stream struct {
 	*resolver
+	flow    *flow
 	client  net.Conn
 	connect func(context.Context) (net.Conn, error)
 	server  net.Conn
-	stats   *relay.Stats
+	leaving time.Time // since when it is to end between two questions; zero if it is not
+}
+
+// next reads a question. The error is io.EOF when the connection is over.
+func (s *stream) next(ctx context.Context) ([]byte, error) {
+	var first [1]byte
+	if err := s.await(first[:]); err != nil {
+		if errors.Is(err, os.ErrDeadlineExceeded) && s.pod.serving.Err() != nil {
+			err = io.EOF
+		}
+		return nil, errors.Join(ctx.Err(), err)
+	}
+	if err := errors.Join(s.client.SetDeadline(time.Now().Add(streamTimeout)), ctx.Err()); err != nil {
+		return nil, err
+	}
+	query, err := dns.ReadFrame(io.MultiReader(bytes.NewReader(first[:]), s.client))
+	if errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF
+	}
+	return query, err
+}
+
+// await reads the first byte of a question. When the pod is not served here any
+// more it waits a little for who has just connected, or asks one after another.
+func (s *stream) await(first []byte) error {
+	if err := s.client.SetDeadline(time.Now().Add(streamIdle)); err != nil {
+		return err
+	}
+	linger := s.pod.proxy.cfg.DrainTimeout / lingerPart
+	set := make(chan struct{})
+	stop := context.AfterFunc(s.pod.serving, func() {
+		defer close(set)
+		now := time.Now()
+		if s.leaving.IsZero() {
+			s.leaving = now
+		}
+		until := now.Add(linger)
+		if last := s.leaving.Add(2 * linger); until.After(last) {
+			until = last
+		}
+		s.client.SetDeadline(until) // if it fails, so does the read
+		if s.pod.alive.Err() != nil {
+			s.client.SetDeadline(now)
+		}
+	})
+	_, err := io.ReadFull(s.client, first)
+	if !stop() {
+		<-set // it must not change the next deadline
+	}
+	return err
 }
 
 func (s *stream) hangUp() {
@@ -105,7 +157,7 @@ func (s *stream) reply(message []byte) error {
 	if err := s.client.SetDeadline(time.Now().Add(streamTimeout)); err != nil {
 		return err
 	}
-	s.stats.Received.Add(int64(2 + len(message)))
+	s.flow.plain.stats.Received.Add(int64(2 + len(message)))
 	return dns.WriteFrame(s.client, message)
 }
 
@@ -167,5 +219,5 @@ func (s *stream) carry(ctx context.Context, query []byte) error {
 		server.Close()
 		return err
 	}
-	return relay.Copy(ctx, s.client, server, s.stats)
+	return s.flow.copy(ctx, s.client, server) // so a successor can take it
 }
