@@ -100,7 +100,8 @@ func serve(ctx context.Context, c config, out io.Writer) error {
 		path: c.handoverPath, instance: c.instance(), standby: c.standby, proxy: proxy, tookOver: proxy.TookOver, alone: agent.Alone(), log: log,
 		warm: func(ctx context.Context) error { return warm(ctx, client, agent, proxy) },
 	})
-	pages := pages{proxy: proxy, store: store, level: level, ready: func() error { return ready(client, agent, roots, after.joined) }}
+	whole := readiness{view: client.Synced(), pods: agent.Synced(), agent: agent.Connected, roots: roots.Loaded, joined: after.joined}
+	pages := pages{proxy: proxy, store: store, level: level, ready: whole.missing}
 
 	return run.UntilDrained(ctx, stopAll, proxy.Run,
 		roots.Run, manager.Run, client.Run,
@@ -145,27 +146,35 @@ func warm(ctx context.Context, client *feed.Client, agent *handoff.Client, proxy
 	return proxy.Warm(ctx)
 }
 
-// ready reports, as an error, why this ztunnel is not ready. In a rollout the one
-// before it ends as soon as it is.
-func ready(client *feed.Client, agent *handoff.Client, roots *identity.RootsFile, joined <-chan struct{}) error {
+// A readiness is all that makes this ztunnel ready.
+type readiness struct {
+	view, pods <-chan struct{} // closed when the control service, and the node agent, have sent everything
+	agent      func() bool     // the agent is connected
+	roots      func() bool     // there are some
+	joined     <-chan struct{} // closed when the ztunnel before this one knows of it
+}
+
+// missing reports, as an error, why this ztunnel is not ready. In a rollout the
+// one before it ends as soon as it is.
+func (r readiness) missing() error {
 	select {
-	case <-client.Synced():
+	case <-r.view:
 	default:
 		return errors.New("the control service has not been reached yet")
 	}
 	select {
-	case <-agent.Synced():
+	case <-r.pods:
 	default:
 		return errors.New("the node agent has not handed over its pods yet")
 	}
-	if !agent.Connected() {
+	if !r.agent() {
 		return errors.New("the node agent is not connected")
 	}
-	if !roots.Loaded() {
+	if !r.roots() {
 		return errors.New("there are no roots to verify peers by")
 	}
 	select {
-	case <-joined:
+	case <-r.joined:
 	default:
 		return errors.New("the ztunnel before this one has not heard yet that its connections can be taken over")
 	}

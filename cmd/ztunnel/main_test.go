@@ -152,6 +152,28 @@ func TestServeAlone(t *testing.T) {
 	}
 }
 
+// A ztunnel is ready when nothing is missing, and says what is.
+func TestReadiness(t *testing.T) {
+	there, missing := make(chan struct{}), make(chan struct{})
+	close(there)
+	yes, no := func() bool { return true }, func() bool { return false }
+	for want, change := range map[string]func(*readiness){
+		"":                        func(*readiness) {},
+		"the control service":     func(r *readiness) { r.view = missing },
+		"its pods":                func(r *readiness) { r.pods = missing },
+		"is not connected":        func(r *readiness) { r.agent = no },
+		"no roots":                func(r *readiness) { r.roots = no },
+		"the ztunnel before this": func(r *readiness) { r.joined = missing },
+	} {
+		r := readiness{view: there, pods: there, agent: yes, roots: yes, joined: there}
+		change(&r)
+		err := r.missing()
+		if (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("%v, want %q", err, want)
+		}
+	}
+}
+
 // A port may be the other ztunnel's of the pair for a while: it is waited for,
 // and the log says which.
 func TestServeWaitsForAPortThatIsTaken(t *testing.T) {
