@@ -3,7 +3,6 @@ package main
 import (
 	"runtime/debug"
 	"testing"
-	"time"
 )
 
 func TestUntidy(t *testing.T) {
@@ -25,8 +24,8 @@ func TestUntidy(t *testing.T) {
 	}
 }
 
-// The runtime knows the names that heapReader asks for, and what FreeOSMemory
-// leaves is tidy.
+// The runtime knows the names that heapReader asks for, and FreeOSMemory gives
+// back what they count.
 func TestHeapReader(t *testing.T) {
 	read := heapReader()
 	before := read()
@@ -41,10 +40,7 @@ func TestHeapReader(t *testing.T) {
 	if after.live == 0 || after.objects > full.objects-64<<20+8<<20 {
 		t.Errorf("when it was given back there are %+v, before %+v", after, full)
 	}
-	for deadline := time.Now().Add(10 * time.Second); after.untidy(after); after = read() { // others have just let go of something
-		if time.Now().After(deadline) {
-			t.Fatalf("%+v is untidy although all was given back", after)
-		}
-		debug.FreeOSMemory()
+	if after.free > 16<<20 { // each processor keeps a little for what comes next
+		t.Errorf("when it was given back %d bytes are free", after.free)
 	}
 }
