@@ -285,6 +285,21 @@ func TestPortsGoToTheActiveOne(t *testing.T) {
 	}
 }
 
+// One that is not to have a port any more in the moment in which it finds it
+// taken does not end because of that.
+func TestPortThatIsTakenAtTheEnd(t *testing.T) {
+	l, err := net.Listen("tcp", freeAddr())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := (&turnstile{log: discard()}).serveWhenFree(ctx, l.Addr().String(), http.NotFoundHandler()); err != nil {
+		t.Error(err)
+	}
+}
+
 // One that is not to be active gives the ports back.
 func TestPortsAreGivenBack(t *testing.T) {
 	addr, synced := freeAddr(), make(chan struct{})

@@ -115,8 +115,11 @@ func (t *turnstile) serve(ctx context.Context, addr string, h http.Handler) erro
 func (t *turnstile) serveWhenFree(ctx context.Context, addr string, h http.Handler) error {
 	for told := false; ; {
 		err := obs.Serve(ctx, addr, h)
-		if ctx.Err() != nil || !errors.Is(err, syscall.EADDRINUSE) {
+		if !errors.Is(err, syscall.EADDRINUSE) {
 			return err
+		}
+		if ctx.Err() != nil { // it is not wanted any more
+			return nil
 		}
 		if !told {
 			told = true
