@@ -35,7 +35,7 @@ type door struct {
 }
 
 // openDoor opens a listening socket a second time. What it accepts inherits
-// that small segments are not held back.
+// that small segments are not held back, and that it stays in the pod.
 func openDoor(f *os.File) (*door, error) {
 	fd, err := dupFD(f)
 	if err != nil {
@@ -43,6 +43,7 @@ func openDoor(f *os.File) (*door, error) {
 	}
 	// The poller takes only descriptors that do not block.
 	err = errors.Join(unix.SetNonblock(fd, true), unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1))
+	doNotPace(fd)
 	d := &door{File: os.NewFile(uintptr(fd), f.Name())}
 	d.next = d.tryAccept
 	if err == nil {

@@ -151,7 +151,20 @@ func (q *pod) disguise(fd int, client netip.Addr, try int) error {
 	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, localMark); err != nil {
 		return fmt.Errorf("mark socket: %w", err)
 	}
+	doNotPace(fd)
 	return q.bindAs(fd, netip.AddrPortFrom(client, appPort(try, rand.Uint32())))
+}
+
+// doNotPace gives a socket towards an application, or a listener for such, a
+// congestion control that lets it send when it has something. These connections
+// stay on the pod's lo, where nothing is congested, and BBR, if that is what the
+// node uses, would hold back each burst with a timer. The application's ends get
+// the same from the route that the node agent has made. Sockets on the wire
+// keep what the administrator has chosen.
+func doNotPace(fd int) {
+	// Reno is part of every TCP of Linux. If it is refused nothing is lost but
+	// time.
+	_ = unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, "reno")
 }
 
 // beginApp is dialApp without the wait: the connection may be under way when it

@@ -621,3 +621,32 @@ func TestPrepareRefuses(t *testing.T) {
 		t.Errorf("pins %v, %v are left of what was refused", got, err)
 	}
 }
+
+// TestDetachOfOtherRoute: a route that was made without what this version adds
+// to it is ours all the same.
+func TestDetachOfOtherRoute(t *testing.T) {
+	s := newStage(t, testnet.Routed)
+	p, x := s.captured(Mode{New: true})
+	for family, src := range map[string]netip.Addr{"-4": s.pod.V4, "-6": s.pod.V6} {
+		if out := s.pod.Run("ip", family, "route", "show", "table", "1500"); !strings.Contains(out, "congctl "+congestion) {
+			t.Errorf("the route is %q, want it with %s", out, congestion)
+		}
+		s.pod.Run("ip", family, "route", "flush", "table", "1500")
+		s.pod.Run("ip", family, "route", "add", "local", "default", "dev", "lo", "table", "1500", "proto", "80", "src", src.String())
+	}
+	if mended, err := p.Mend(); err != nil || len(mended) != 0 {
+		t.Errorf("mended %q, %v: nothing was missing", mended, err)
+	}
+	if err := p.Detach(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	x.kill()
+	if err := p.Drained(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, family := range []string{"-4", "-6"} {
+		if out := s.pod.Run("ip", family, "route", "show", "table", "all"); strings.Contains(out, "1500") {
+			t.Errorf("routes are left:\n%s", out)
+		}
+	}
+}

@@ -29,6 +29,12 @@ const (
 	portDomain = 53
 
 	routeProtocol = 80 // rtnetlink(7): who made the route; a number of our own
+
+	// What the table delivers does not leave the pod, so nothing is congested
+	// there. Reno, which every TCP of Linux has, just sends; BBR, if that is
+	// what the node uses, would hold back each burst with a timer. This is for
+	// the app's ends of captured connections; the proxy cares for its own.
+	congestion = "reno"
 )
 
 // rules returns the rules of one family, in order, ruleDNS included. They say
@@ -143,7 +149,7 @@ func defaultToLo(family, lo int, src net.IP) *netlink.Route {
 	}
 	return &netlink.Route{
 		LinkIndex: lo, Dst: all, Src: src, Table: table,
-		Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Protocol: routeProtocol,
+		Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Protocol: routeProtocol, Congctl: congestion,
 	}
 }
 
@@ -181,7 +187,9 @@ func (w place) removeLocal(ns *netns.NS) error {
 			if err := nl.RuleDel(rules(family)[0]); err != nil && !gone(err) {
 				return fmt.Errorf("delete rule %d: %w", ruleLocal, err)
 			}
-			if err := nl.RouteDel(defaultToLo(family, lo.Attrs().Index, src)); err != nil && !gone(err) {
+			route := defaultToLo(family, lo.Attrs().Index, src)
+			route.Congctl = "" // whatever it has: an older agent gave it none
+			if err := nl.RouteDel(route); err != nil && !gone(err) {
 				return fmt.Errorf("delete route of table %d: %w", table, err)
 			}
 			return nil
