@@ -97,11 +97,11 @@ func (t *Tunnel) data(now time.Time, f http2.Frame, ev Events) error {
 		}
 	}
 	t.framePayload += len(f.Payload)
-	s := t.streams[f.StreamID]
+	s := t.streams.At(f.StreamID)
 	if s != nil && len(f.Payload) > 0 {
 		t.queued += len(f.Payload)
 		ev.Data(f.StreamID, f.Payload)
-		s = t.streams[f.StreamID] // the driver may have reset it
+		s = t.streams.At(f.StreamID) // the driver may have reset it
 	}
 	if !f.End || s == nil {
 		return nil
@@ -131,7 +131,7 @@ func (t *Tunnel) beginData(now time.Time, f http2.Frame, ev Events) error {
 	}
 	t.receive.Credit(n)
 	t.announceConn()
-	s := t.streams[f.StreamID]
+	s := t.streams.At(f.StreamID)
 	switch {
 	case n == 0 && (s == nil || !f.Flags.Has(http2.EndStream)):
 		if err := t.guard.Idle(now); err != nil {
@@ -156,7 +156,7 @@ func (t *Tunnel) beginData(now time.Time, f http2.Frame, ev Events) error {
 // streamError resets a stream for what the peer did on it. An error ends the
 // tunnel: too many of them.
 func (t *Tunnel) streamError(now time.Time, id uint32, code http2.ErrCode, reason string, ev Events) error {
-	known := t.streams[id] != nil
+	known := t.streams.At(id) != nil
 	t.reset(id, code)
 	if known {
 		ev.Aborted(id, &http2.StreamError{StreamID: id, Code: code, Reason: reason}, false)
@@ -186,7 +186,7 @@ func (t *Tunnel) request(now time.Time, f http2.Frame, ev Events) error {
 		return t.guard.Idle(now) // the peer has been told that we do nothing for it (6.8)
 	}
 	t.last = id
-	if len(t.streams) >= t.limits.MaxStreams || t.working >= 2*t.limits.MaxStreams {
+	if t.streams.Len() >= t.limits.MaxStreams || t.working >= 2*t.limits.MaxStreams {
 		return t.streamError(now, id, http2.RefusedStream, "", ev) // 5.1.2, 8.7
 	}
 	var authority string
@@ -200,7 +200,7 @@ func (t *Tunnel) request(now time.Time, f http2.Frame, ev Events) error {
 	}
 	s := t.newStream()
 	s.gotEnd = f.Flags.Has(http2.EndStream)
-	t.streams[id] = s
+	t.streams.Put(id, s)
 	if err != nil {
 		status := 400
 		if errors.Is(err, http2.ErrListTooLarge) {
@@ -214,7 +214,7 @@ func (t *Tunnel) request(now time.Time, f http2.Frame, ev Events) error {
 	}
 	t.working++
 	ev.Requested(id, authority, h)
-	if s.gotEnd && t.streams[id] == s {
+	if s.gotEnd && t.streams.At(id) == s {
 		ev.Ended(id)
 	}
 	return nil
@@ -223,7 +223,7 @@ func (t *Tunnel) request(now time.Time, f http2.Frame, ev Events) error {
 // lateHeaders treats HEADERS on a stream that has had its request. A tunnel
 // has no trailers (RFC 9113 8.5).
 func (t *Tunnel) lateHeaders(now time.Time, id uint32, ev Events) error {
-	switch s := t.streams[id]; {
+	switch s := t.streams.At(id); {
 	case s != nil && s.gotEnd:
 		return t.streamError(now, id, http2.StreamClosed, "HEADERS after the end", ev)
 	case s != nil:
@@ -245,7 +245,7 @@ func (t *Tunnel) response(now time.Time, f http2.Frame, ev Events) error {
 	if t.isIdle(id) {
 		return t.idleError(f)
 	}
-	s := t.streams[id]
+	s := t.streams.At(id)
 	switch {
 	case s == nil:
 		return t.guard.Idle(now) // an answer that crossed our reset
@@ -278,7 +278,7 @@ func (t *Tunnel) response(now time.Time, f http2.Frame, ev Events) error {
 		return nil
 	}
 	ev.Answered(id, status, h)
-	if end && t.streams[id] == s {
+	if end && t.streams.At(id) == s {
 		ev.Ended(id)
 	}
 	return nil
@@ -289,12 +289,12 @@ func (t *Tunnel) peerReset(now time.Time, f http2.Frame, ev Events) error {
 	if t.isIdle(f.StreamID) {
 		return t.idleError(f)
 	}
-	s := t.streams[f.StreamID]
+	s := t.streams.At(f.StreamID)
 	if s == nil {
 		return t.guard.Idle(now)
 	}
 	code := http2.Code(f.Payload)
-	delete(t.streams, f.StreamID)
+	t.streams.Delete(f.StreamID)
 	// 8.7: REFUSED_STREAM promises that nothing was done for the request.
 	refused := code == http2.RefusedStream && !s.answered
 	ev.Aborted(f.StreamID, &http2.StreamError{StreamID: f.StreamID, Code: code, Reason: "reset by the peer"}, refused)
@@ -323,7 +323,7 @@ func (t *Tunnel) windowUpdate(now time.Time, f http2.Frame, ev Events) error {
 	if t.isIdle(id) {
 		return t.idleError(f)
 	}
-	s := t.streams[id]
+	s := t.streams.At(id)
 	switch {
 	case s == nil:
 		return nil
@@ -350,7 +350,7 @@ func (t *Tunnel) settings(now time.Time, f http2.Frame, ev Events) error {
 	}
 	// 6.9.2: a changed initial window changes that of every open stream.
 	if d := int64(t.peer.StreamWindow) - int64(before.StreamWindow); d != 0 {
-		for _, s := range t.streams {
+		for _, s := range t.streams.All() {
 			if !s.send.Add(d) {
 				return &http2.ConnError{Code: http2.FlowControlError, Reason: "a new initial window makes a stream's too large"}
 			}
@@ -399,9 +399,9 @@ func (t *Tunnel) peerGoAway(f http2.Frame, ev Events) {
 		return
 	}
 	t.draining = true
-	for id, s := range t.streams {
+	for id, s := range t.streams.All() {
 		if id > last {
-			delete(t.streams, id)
+			t.streams.Delete(id)
 			ev.Aborted(id, &http2.StreamError{StreamID: id, Code: code, Reason: "the peer is going away"}, !s.answered)
 		}
 	}

@@ -133,13 +133,12 @@ func (t *Tunnel) State(now time.Time) (TunnelState, error) {
 		PingIn: min(max(t.ping.at.Sub(now), 0), maxStatePing), PingWaiting: t.ping.waiting, PingDrain: t.ping.drain,
 		FramePayload: t.framePayload,
 	}
-	for id, st := range t.streams {
+	for id, st := range t.streams.All() {
 		s.Streams = append(s.Streams, StreamState{
 			ID: id, Send: st.send, Receive: st.receive, Read: st.read,
 			SentEnd: st.sentEnd, GotEnd: st.gotEnd, Answered: st.answered, Hints: st.hints,
 		})
 	}
-	slices.SortFunc(s.Streams, func(a, b StreamState) int { return int(a.ID) - int(b.ID) })
 	for i := range t.recent {
 		if id := t.recent[(t.recentPos+i)%len(t.recent)]; id != 0 {
 			s.Recent = append(s.Recent, id)
@@ -166,9 +165,8 @@ func ResumeTunnel(s TunnelState, now time.Time) (*Tunnel, error) {
 	t := &Tunnel{
 		role: s.Role, limits: s.Limits,
 		parser: parser, fields: fields, header: newHeaderWriter(), peer: s.Peer,
-		out:     slices.Clone(s.Output),
-		streams: make(map[uint32]*streamState, len(s.Streams)),
-		next:    s.Next, seen: s.Seen, last: s.Last,
+		out:  slices.Clone(s.Output),
+		next: s.Next, seen: s.Seen, last: s.Last,
 		send: s.Send, receive: s.Receive, queued: s.Queued,
 		draining: s.Draining, peerAway: s.PeerAway, goAway: goAwayState(s.GoAway),
 		ping:         pingState{at: now.Add(s.PingIn), waiting: s.PingWaiting, drain: s.PingDrain},
@@ -178,10 +176,10 @@ func ResumeTunnel(s TunnelState, now time.Time) (*Tunnel, error) {
 		t.header.peerTable(s.Peer.HeaderTable)
 	}
 	for _, st := range s.Streams {
-		t.streams[st.ID] = &streamState{
+		t.streams.Put(st.ID, &streamState{
 			send: st.Send, receive: st.Receive, read: st.Read,
 			sentEnd: st.SentEnd, gotEnd: st.GotEnd, answered: st.Answered, hints: st.Hints,
-		}
+		})
 	}
 	if s.Role == ServerRole {
 		t.working = len(s.Streams)

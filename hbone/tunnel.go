@@ -68,7 +68,7 @@ type Tunnel struct {
 	taken  uint64 // bytes of output that the driver has taken
 	fatal  error  // set once; nothing is read after it
 
-	streams   map[uint32]*streamState
+	streams   http2.Streams[streamState]
 	working   int        // server: requests that were not yet Released
 	next      uint32     // client: id of the next stream
 	seen      uint32     // server: highest id that the peer has used
@@ -155,7 +155,6 @@ func NewTunnel(role Role, l Limits, now time.Time) (*Tunnel, error) {
 		fields:  http2.NewFieldReader(l.MaxHeaderList),
 		header:  newHeaderWriter(),
 		peer:    http2.DefaultPeer(),
-		streams: make(map[uint32]*streamState),
 		next:    1,
 		receive: http2.NewReceiveWindow(http2.InitialWindow),
 	}
@@ -203,7 +202,7 @@ func (t *Tunnel) Connect(authority string, h Header) (uint32, error) {
 	}
 	id := t.next
 	t.next += 2
-	t.streams[id] = t.newStream()
+	t.streams.Put(id, t.newStream())
 	t.out = http2.AppendHeaders(t.out, id, t.header.request(authority, h), false, t.frameSize())
 	if t.next > http2.MaxStreamID {
 		// RFC 9113 5.1.1: that was the last id. Who comes next needs another tunnel,
@@ -215,7 +214,7 @@ func (t *Tunnel) Connect(authority string, h Header) (uint32, error) {
 
 // Full reports whether no stream can be added for now.
 func (t *Tunnel) Full() bool {
-	n := len(t.streams)
+	n := t.streams.Len()
 	return n >= t.limits.MaxStreams || uint64(n) >= uint64(t.peer.MaxStreams)
 }
 
@@ -228,7 +227,7 @@ func (t *Tunnel) MaxStreams() int {
 // status refuses it and ends the stream. An answer to a stream that is gone
 // does nothing.
 func (t *Tunnel) Answer(id uint32, status int, h Header) {
-	s := t.streams[id]
+	s := t.streams.At(id)
 	if s == nil || s.answered || t.role != ServerRole {
 		return
 	}
@@ -250,7 +249,7 @@ func (t *Tunnel) Answer(id uint32, status int, h Header) {
 
 // Room returns how many bytes Send would take of the stream now.
 func (t *Tunnel) Room(id uint32) int {
-	s := t.streams[id]
+	s := t.streams.At(id)
 	if s == nil || s.sentEnd || !s.answered {
 		return 0
 	}
@@ -271,7 +270,7 @@ func (t *Tunnel) PieceLen() int {
 // the last. It returns the part of buf that is to be sent after what is in
 // Output, or nil if the stream takes no data. n is above 0 and at most Room.
 func (t *Tunnel) Pieces(id uint32, buf []byte, n int) []byte {
-	s := t.streams[id]
+	s := t.streams.At(id)
 	if s == nil || s.sentEnd || !s.answered {
 		return nil
 	}
@@ -290,7 +289,7 @@ func (t *Tunnel) Pieces(id uint32, buf []byte, n int) []byte {
 // was. With end it also ends our direction, once all of p is queued. It takes
 // nothing on a stream that is gone or not yet answered.
 func (t *Tunnel) Send(id uint32, p []byte, end bool) int {
-	s := t.streams[id]
+	s := t.streams.At(id)
 	if s == nil || s.sentEnd || !s.answered {
 		return 0
 	}
@@ -334,7 +333,7 @@ func (t *Tunnel) More() bool { return t.more }
 func (t *Tunnel) Consumed(id uint32, n int) {
 	t.queued -= n
 	t.announceConn()
-	s := t.streams[id]
+	s := t.streams.At(id)
 	if s == nil || s.gotEnd || n == 0 {
 		return
 	}
@@ -374,14 +373,14 @@ func (t *Tunnel) announce(id uint32, w *http2.ReceiveWindow) {
 
 // Reset aborts a stream in both directions. The driver hears no more of it.
 func (t *Tunnel) Reset(id uint32, code http2.ErrCode) {
-	if t.streams[id] != nil {
+	if t.streams.At(id) != nil {
 		t.reset(id, code)
 	}
 }
 
 // reset sends a RST_STREAM and forgets the stream.
 func (t *Tunnel) reset(id uint32, code http2.ErrCode) {
-	delete(t.streams, id)
+	t.streams.Delete(id)
 	t.recent[t.recentPos] = id
 	t.recentPos = (t.recentPos + 1) % len(t.recent)
 	if t.fatal == nil {
@@ -395,7 +394,7 @@ func (t *Tunnel) reset(id uint32, code http2.ErrCode) {
 func (t *Tunnel) Release() { t.working-- }
 
 // Streams returns how many streams are open.
-func (t *Tunnel) Streams() int { return len(t.streams) }
+func (t *Tunnel) Streams() int { return t.streams.Len() }
 
 // Queued returns how many received bytes were not yet Consumed.
 func (t *Tunnel) Queued() int { return t.queued }
@@ -406,7 +405,7 @@ func (t *Tunnel) Draining() bool { return t.draining || t.fatal != nil }
 // Finished reports whether a graceful end is complete: nothing is left to do
 // but to send Output and close.
 func (t *Tunnel) Finished() bool {
-	return (t.goAway == goAwayFinal || t.peerAway) && len(t.streams) == 0
+	return (t.goAway == goAwayFinal || t.peerAway) && t.streams.Len() == 0
 }
 
 // Output returns the bytes to send to the peer. It is valid until the next
@@ -523,7 +522,7 @@ func (t *Tunnel) newStream() *streamState {
 // closeIfDone forgets a stream that both ends have ended.
 func (t *Tunnel) closeIfDone(id uint32, s *streamState) {
 	if s.sentEnd && s.gotEnd {
-		delete(t.streams, id)
+		t.streams.Delete(id)
 	}
 }
 

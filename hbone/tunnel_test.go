@@ -922,7 +922,7 @@ func fuzzTunnel(f *testing.F, r Role) {
 			if err != nil {
 				break
 			}
-			for id := range p.tunnel.streams {
+			for id := range p.tunnel.streams.All() {
 				p.tunnel.Send(id, make([]byte, 10), false)
 			}
 		}

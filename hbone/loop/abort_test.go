@@ -184,7 +184,7 @@ func TestStorm(t *testing.T) {
 				}
 				for _, t := range e.loops[0].tunnels {
 					if t != nil {
-						waiting += len(t.conns) + len(t.requests) + int(t.load.Load())
+						waiting += t.conns.Len() + t.requests.Len() + int(t.load.Load())
 					}
 				}
 				close(done)

@@ -119,7 +119,7 @@ func appError(call string, e syscall.Errno) error {
 // instead.
 func (l *eventLoop) adopt(c *Conn, t *tunnel, id uint32) bool {
 	c.tunnel, c.id = t, id
-	t.conns[id] = c
+	t.conns.Put(id, c)
 	c.slot = l.connSlot(c)
 	if c.cause.Load() != nil {
 		l.endConn(c, errors.New("aborted"))
@@ -187,7 +187,7 @@ func (l *eventLoop) dropConn(c *Conn) {
 	if c.opening != nil {
 		t.opening--
 	}
-	delete(t.conns, c.id)
+	t.conns.Delete(c.id)
 	if t.last == c {
 		t.last = nil
 	}

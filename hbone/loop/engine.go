@@ -119,12 +119,8 @@ func (l *eventLoop) newTunnel(c *net.TCPConn, s hbone.Secured, client bool, idle
 	t := &tunnel{
 		loop: l, host: h, peer: s.Peer, client: client, idle: idle, proof: s.Ends,
 		remote: addrPort(c.RemoteAddr()), local: addrPort(c.LocalAddr()),
-		conns: make(map[uint32]*Conn),
 	}
 	t.room.Store(int32(h.limits().MaxStreams))
-	if !client {
-		t.requests = make(map[uint32]*Request)
-	}
 	fd, err := Detach(c)
 	if err != nil {
 		return nil, err

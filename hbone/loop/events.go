@@ -11,7 +11,7 @@ var _ hbone.Events = (*tunnel)(nil)
 // conn returns the connection of a stream, or nil.
 func (t *tunnel) conn(id uint32) *Conn {
 	if t.last == nil || t.last.id != id {
-		t.last = t.conns[id]
+		t.last = t.conns.At(id)
 	}
 	return t.last
 }
@@ -19,13 +19,13 @@ func (t *tunnel) conn(id uint32) *Conn {
 // Requested begins the work for a request.
 func (t *tunnel) Requested(id uint32, authority string, h hbone.Header) {
 	r := &Request{tunnel: t, id: id, text: authority, Header: h, Peer: &t.peer, Remote: t.remote, Local: t.local}
-	t.requests[id] = r
+	t.requests.Put(id, r)
 	t.host.requested(r)
 }
 
 // Answered opens a connection, or ends it.
 func (t *tunnel) Answered(id uint32, status int, _ hbone.Header) {
-	c := t.conns[id]
+	c := t.conns.At(id)
 	if c == nil {
 		return
 	}
@@ -50,7 +50,7 @@ func (t *tunnel) Data(id uint32, p []byte) {
 		t.loop.deliver(c, p)
 		return
 	}
-	if r := t.requests[id]; r != nil {
+	if r := t.requests.At(id); r != nil {
 		r.hold(p)
 		return
 	}
@@ -62,7 +62,7 @@ func (t *tunnel) Ended(id uint32) {
 	if c := t.conn(id); c != nil {
 		c.flags |= connPeerEnd
 		t.loop.passEnd(c)
-	} else if r := t.requests[id]; r != nil {
+	} else if r := t.requests.At(id); r != nil {
 		r.ended = true
 	}
 }
@@ -71,11 +71,11 @@ func (t *tunnel) Ended(id uint32) {
 // its direction before (RFC 9113 8.1): then the application still gets what
 // came. Without that end the peer has cut it short.
 func (t *tunnel) Aborted(id uint32, err *http2.StreamError, refused bool) {
-	if r := t.requests[id]; r != nil {
+	if r := t.requests.At(id); r != nil {
 		t.loop.forgetRequest(r)
 		return
 	}
-	c := t.conns[id]
+	c := t.conns.At(id)
 	switch {
 	case c == nil:
 	case c.opening != nil && refused && t.greeted:
@@ -99,7 +99,7 @@ func (t *tunnel) Writable(id uint32) {
 		return
 	}
 	t.greeted = true
-	for _, c := range t.conns {
+	for _, c := range t.conns.All() {
 		if c.is(connStalled) {
 			c.flags &^= connStalled
 			t.loop.later(c)

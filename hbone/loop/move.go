@@ -103,7 +103,7 @@ func (l *eventLoop) ahead(t *tunnel) (all []Backlog) {
 	if t.ended || t.frozen || l.gone() {
 		return nil
 	}
-	for id, c := range t.conns {
+	for id, c := range t.conns.All() {
 		if c.queue == nil || !c.is(connOpen) || c.queue.n-t.ahead[id] < leastAhead {
 			continue
 		}
@@ -121,7 +121,7 @@ func (l *eventLoop) back(t *tunnel) {
 	ids := t.ahead
 	t.ahead = nil
 	for id := range ids {
-		if c := t.conns[id]; c != nil && c.queue != nil {
+		if c := t.conns.At(id); c != nil && c.queue != nil {
 			l.drainQueue(c)
 		}
 	}
@@ -174,7 +174,7 @@ func (l *eventLoop) freeze(t *tunnel) (*Frozen, error) {
 // unwatch takes t and what it carries out of the loop's care.
 func (l *eventLoop) unwatch(t *tunnel) {
 	_ = unix.EpollCtl(l.ep, unix.EPOLL_CTL_DEL, int(t.fd), nil) // it is there
-	for _, c := range t.conns {
+	for _, c := range t.conns.All() {
 		_ = unix.EpollCtl(l.ep, unix.EPOLL_CTL_DEL, int(c.fd), nil) // as above
 		c.flags &^= connWatched | connAgain
 		l.conns[c.slot] = nil
@@ -211,12 +211,12 @@ func (f *Frozen) export(now time.Time) error {
 	}
 	s.Left, s.Unsent = slices.Clone(t.left), slices.Clone(t.unsent)
 	s.Owed, s.Greeted = t.owed, t.greeted
-	for _, c := range t.conns {
+	for _, c := range t.conns.All() {
 		s.Conns = append(s.Conns, c.export(now, t.ahead[c.id]))
 		f.Files = append(f.Files, int(c.fd))
 		f.Owners = append(f.Owners, c.owner)
 	}
-	for _, r := range t.requests {
+	for _, r := range t.requests.All() {
 		s.Requests = append(s.Requests, RequestState{
 			ID: r.id, Authority: r.text, Header: r.Header, Early: r.early.bytes(0), Ended: r.ended,
 		})
@@ -272,7 +272,7 @@ func (l *eventLoop) take(t *tunnel) {
 	t.greedy = true
 	t.waiting, t.waitHead = nil, 0
 	err := watch(l.ep, int(t.fd), aboutTunnel, t.slot)
-	for _, c := range t.conns {
+	for _, c := range t.conns.All() {
 		c.flags = c.flags&^(connInLine|connStalled|connAgain) | connGreedy
 		c.slot = l.connSlot(c)
 		cerr := err
@@ -298,7 +298,7 @@ func (l *eventLoop) take(t *tunnel) {
 
 // release forgets t.
 func (l *eventLoop) release(t *tunnel) {
-	for _, c := range t.conns {
+	for _, c := range t.conns.All() {
 		if c.queue != nil {
 			c.queue.clear(&l.store)
 			c.queue = nil
@@ -310,7 +310,7 @@ func (l *eventLoop) release(t *tunnel) {
 		c.owner, c.tunnel, c.opening = nil, nil, nil
 		owner.Ended(ErrMoved)
 	}
-	for _, r := range t.requests {
+	for _, r := range t.requests.All() {
 		r.gone = true
 		if r.early != nil {
 			r.early.clear(&l.store)
@@ -349,7 +349,7 @@ func (t *tunnel) abandon() {
 
 // abort ends the connections of a tunnel that is not in the loop.
 func (t *tunnel) abort(err error) {
-	for _, c := range t.conns {
+	for _, c := range t.conns.All() {
 		abortSocket(c.fd)
 		c.fd = -1
 		c.over(err)
@@ -446,7 +446,6 @@ func (s *Server) Resume(st TunnelState, files []int, places []Place) (*Arrival, 
 		return nil, err
 	}
 	a.t.host = s
-	a.t.requests = make(map[uint32]*Request)
 	a.admit = func() error {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -474,7 +473,7 @@ func (e *Engine) arrive(s TunnelState, files []int, places []Place) (*Arrival, e
 	now := time.Now()
 	t := &tunnel{
 		loop: e.pick(), peer: s.Peer, client: s.Core.Role == hbone.ClientRole, proof: s.Ends,
-		remote: s.Remote, local: s.Local, conns: make(map[uint32]*Conn, len(places)),
+		remote: s.Remote, local: s.Local,
 		fd: int32(files[0]), left: s.Left, unsent: s.Unsent, memory: s.Unsent, blocked: len(s.Unsent) > 0,
 		owed: s.Owed, greeted: s.Greeted, unused: now, frozen: true,
 	}
@@ -508,7 +507,7 @@ func (e *Engine) arrive(s TunnelState, files []int, places []Place) (*Arrival, e
 			c.queue = queueOf(cs.Early)
 		}
 		c.loop.Store(t.loop)
-		t.conns[cs.ID] = c
+		t.conns.Put(cs.ID, c)
 	}
 	s.Wipe()
 	return &Arrival{t: t, state: s}, nil
@@ -556,7 +555,7 @@ func (a *Arrival) Go(begun func()) {
 
 // Discard lets go of the tunnel, which does not go on here.
 func (a *Arrival) Discard() {
-	for _, c := range a.t.conns {
+	for _, c := range a.t.conns.All() {
 		_ = unix.Close(int(c.fd)) // a copy of it is open elsewhere
 		c.fd = -1
 		c.over(ErrMoved)
@@ -569,7 +568,7 @@ func (l *eventLoop) resume(t *tunnel, s *TunnelState) {
 	t.frozen = false
 	for i := range s.Conns {
 		l.unread(t, s.Conns[i].Ahead)
-		l.refill(t, &t.conns[s.Conns[i].ID].queue, s.Conns[i].Queue)
+		l.refill(t, &t.conns.At(s.Conns[i].ID).queue, s.Conns[i].Queue)
 	}
 	l.take(t)
 	late := t.late
@@ -586,7 +585,7 @@ func (l *eventLoop) resume(t *tunnel, s *TunnelState) {
 			ended: rs.Ended,
 		}
 		l.refill(t, &r.early, rs.Early)
-		t.requests[r.id] = r
+		t.requests.Put(r.id, r)
 		t.host.requested(r)
 	}
 }

@@ -334,7 +334,7 @@ func TestBacklogsWaitAhead(t *testing.T) {
 	_ = all[2].Close()
 	eventually(t, "the end of the third", func() bool {
 		n := 0
-		m.t.loop.call(func() { n = len(m.t.conns) })
+		m.t.loop.call(func() { n = m.t.conns.Len() })
 		return n == 2
 	})
 	for id, ps := range pieces {

@@ -234,7 +234,7 @@ func (l *eventLoop) answer(r *Request, c *Conn, status int) {
 		}
 		return
 	}
-	delete(t.requests, r.id)
+	t.requests.Delete(r.id)
 	switch {
 	case c != nil:
 		c.flags |= connOpen
@@ -273,7 +273,7 @@ func (r *Request) hold(p []byte) {
 // forgetRequest drops a request whose stream is gone.
 func (l *eventLoop) forgetRequest(r *Request) {
 	r.gone = true
-	delete(r.tunnel.requests, r.id)
+	r.tunnel.requests.Delete(r.id)
 	l.dropEarly(r)
 }
 

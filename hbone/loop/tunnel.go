@@ -15,6 +15,7 @@ import (
 
 	"github.com/weft-mesh/weft/hbone"
 	"github.com/weft-mesh/weft/hbone/record"
+	"github.com/weft-mesh/weft/internal/http2"
 	"github.com/weft-mesh/weft/mesh"
 )
 
@@ -44,10 +45,10 @@ type tunnel struct {
 	unsent []byte // sealed, and the socket was full
 	memory []byte // that unsent is a part of
 
-	conns    map[uint32]*Conn
-	requests map[uint32]*Request // server: not yet answered
-	last     *Conn               // the connection that had the last data
-	waiting  []*Conn             // for room in the tunnel, in the order of their turns
+	conns    http2.Streams[Conn]
+	requests http2.Streams[Request] // server: not yet answered
+	last     *Conn                  // the connection that had the last data
+	waiting  []*Conn                // for room in the tunnel, in the order of their turns
 	waitHead int
 	opening  int // connections that the peer has not answered
 	queued   int // bytes in the queues of all connections
@@ -358,7 +359,7 @@ func (l *eventLoop) endTunnel(t *tunnel, err error, flush bool) {
 		cause = errEnded
 	}
 	cause = &resetError{"the tunnel ended", cause}
-	for _, c := range t.conns {
+	for _, c := range t.conns.All() {
 		// The peer has never seen it, or has died over it: then nothing of the
 		// application was sent, for that waits for the answer.
 		if c.opening != nil && t.greeted && !flush && (c.opening.sent > t.sent() || cutOff(err)) {
@@ -367,7 +368,7 @@ func (l *eventLoop) endTunnel(t *tunnel, err error, flush bool) {
 		}
 		l.endConn(c, cause)
 	}
-	for _, r := range t.requests {
+	for _, r := range t.requests.All() {
 		l.forgetRequest(r)
 	}
 	t.closeErr = err
@@ -496,7 +497,7 @@ func (l *eventLoop) tick(t *tunnel) {
 	if t.opening == 0 {
 		return
 	}
-	for _, c := range t.conns {
+	for _, c := range t.conns.All() {
 		if c.opening != nil && now.After(c.opening.deadline) {
 			l.endConn(c, errNoAnswer)
 		}
