@@ -10,7 +10,13 @@ import (
 // active one has died. So the active one of a pair holds a claim: an abstract
 // unix socket in the network namespace of their pod, which the kernel frees
 // when the process ends, however it ends. One that stands by and has lost the
-// agent takes the claim if it is free, and is active.
+// agent takes the claim if it is free for a while, and is active. At the end of
+// their pod all three end at the same time, and what the one that stands by would
+// accept in its last moment would drain.
+
+// claimFree is how long the claim is free, and the agent away, before it is taken
+// by one that stands by. Meanwhile the kernel keeps connections in line.
+const claimFree = time.Second
 
 // claimPause is how often an active ztunnel tries to take the claim while the
 // one before it still has it.
@@ -85,17 +91,24 @@ func (c *Client) twinLives() bool {
 }
 
 // succeed makes this ztunnel active if it stands by, the agent is gone, and
-// the active one of its pair as well. Before it has the agent's pods there is
-// nothing that it could serve.
-func (c *Client) succeed() {
+// the active one of its pair as well, since claimFree: it returns since when,
+// and wants to hear that the next time, which is soon. Before it has the agent's
+// pods there is nothing that it could serve.
+func (c *Client) succeed(free, now time.Time) time.Time {
 	select {
 	case <-c.synced:
 	default:
-		return
+		return time.Time{}
 	}
-	if c.Active() || !c.claim() {
-		return
+	switch {
+	case c.Active() || c.twinLives():
+		return time.Time{}
+	case free.IsZero():
+		return now
+	case now.Sub(free) < claimFree || !c.claim():
+		return free
 	}
 	c.cfg.Log.Warn("neither the node agent nor the active ztunnel of this pod is there any more: active now", "instance", c.cfg.Instance)
 	c.activate()
+	return time.Time{}
 }

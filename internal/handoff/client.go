@@ -91,16 +91,19 @@ func (c *Client) Connected() bool { return c.connected.Load() }
 // nil. While the agent is away, the pods that are held stay served.
 func (c *Client) Run(ctx context.Context) error {
 	var last string
+	var free time.Time // since when nobody has the claim
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() { c.keepClaim(ctx) })
 	for {
 		err := c.session(ctx)
-		c.connected.Store(false)
+		if c.connected.Swap(false) {
+			free = time.Time{}
+		}
 		if ctx.Err() != nil {
 			return nil
 		}
-		c.succeed()
+		free = c.succeed(free, time.Now())
 		// The agent may be away for minutes: say each reason once.
 		if reason := fmt.Sprint(err); reason != last {
 			c.cfg.Log.Warn("the node agent is not connected: known pods stay served, new ones cannot start", "path", c.cfg.Path, "error", err)

@@ -411,7 +411,9 @@ func TestStandbyServesWithoutAgent(t *testing.T) {
 	stop()
 	eventually(t, "the agent to be missed", func() bool { return !b.Connected() })
 	for range 20 {
-		b.succeed()
+		if free := b.succeed(time.Now().Add(-time.Hour), time.Now()); !free.IsZero() {
+			t.Errorf("the claim is free since %v", free)
+		}
 	}
 	if b.Active() {
 		t.Fatal("active beside the active one")
@@ -421,9 +423,31 @@ func TestStandbyServesWithoutAgent(t *testing.T) {
 	eventually(t, "its claim", b.hasClaim)
 
 	fresh := startTwin(t, path, pair, "fresh", true)
-	fresh.succeed()
+	fresh.succeed(time.Now().Add(-time.Hour), time.Now())
 	b.stop()
-	if fresh.succeed(); fresh.Active() {
+	if fresh.succeed(time.Now().Add(-time.Hour), time.Now()); fresh.Active() {
 		t.Error("active without any pod")
+	}
+}
+
+// When a pod ends its agent and its active ztunnel may be gone a moment before
+// the one that stands by, which does not begin to serve for that.
+func TestStandbyWaitsForItsOwnEnd(t *testing.T) {
+	c := NewClient(ClientConfig{Pair: t.Name(), Standby: true, Handler: newFakeProxy(t), Log: slog.New(slog.DiscardHandler)})
+	defer func() {
+		if c.hasClaim() {
+			c.claimed.Close()
+		}
+	}()
+	close(c.synced)
+	start := time.Now()
+	if free := c.succeed(time.Time{}, start); !free.Equal(start) || c.Active() {
+		t.Errorf("at first: free since %v, want %v; active %v", free, start, c.Active())
+	}
+	if free := c.succeed(start, start.Add(claimFree-1)); !free.Equal(start) || c.Active() {
+		t.Errorf("before the time is over: free since %v, want %v; active %v", free, start, c.Active())
+	}
+	if c.succeed(start, start.Add(claimFree)); !c.Active() || !c.hasClaim() {
+		t.Errorf("then: active %v, claim %v", c.Active(), c.hasClaim())
 	}
 }
