@@ -430,7 +430,7 @@ func (p *Proxy) podAt(a netip.Addr) *pod {
 }
 
 // countBytes keeps the byte metrics of long connections current, and their
-// keepalive.
+// keepalive, and forgets metrics of what is long gone.
 func (p *Proxy) countBytes(ctx context.Context) error {
 	tick := time.NewTicker(countPause)
 	defer tick.Stop()
@@ -445,5 +445,6 @@ func (p *Proxy) countBytes(ctx context.Context) error {
 			p.telemetry.progress(f)
 			f.adoptKeepAlive(now)
 		})
+		p.telemetry.forget()
 	}
 }

@@ -100,7 +100,19 @@ type counters struct {
 	opened, sent, received prometheus.Counter
 	closed                 prometheus.Counter // of those that end in order
 	open                   prometheus.Gauge
+
+	flows int    // that are open; guarded by telemetry.mu
+	last  uint64 // telemetry.looks when one ended; guarded by telemetry.mu
 }
+
+// Owners come and go: each batch job may be one of its own. So what nobody has
+// used for a while is forgotten, but only when there is much, because a series
+// that comes back begins at zero.
+const (
+	maxTuples     = 1000 // that are kept in any case
+	looksToForget = 120  // that find a tuple unused: ten minutes of them
+	forgetAtOnce  = 20   // tuples: connections wait meanwhile
+)
 
 // telemetry counts connections.
 type telemetry struct {
@@ -115,6 +127,7 @@ type telemetry struct {
 
 	mu    sync.Mutex
 	cache map[tuple]*counters
+	looks uint64 // calls of forget
 }
 
 func newTelemetry(reg prometheus.Registerer, log *accessLog) *telemetry {
@@ -165,6 +178,7 @@ func (t *telemetry) resume(f *flow) {
 		}
 		t.cache[k] = c
 	}
+	c.flows++
 	t.mu.Unlock()
 	f.counters = c
 	c.open.Inc()
@@ -191,7 +205,43 @@ func (t *telemetry) end(f *flow, err error) {
 		t.closed.WithLabelValues(l[:]...).Inc()
 		t.failed.WithLabelValues(l[:]...).Inc()
 	}
+	t.mu.Lock()
+	f.counters.flows--
+	f.counters.last = t.looks
+	t.mu.Unlock()
 	t.log.write(f, err)
+}
+
+// forget drops some of the metrics that no connection has used for long, if
+// there are many. It is called every few seconds.
+func (t *telemetry) forget() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.looks++
+	dropped := 0
+	for k, c := range t.cache {
+		if len(t.cache) <= maxTuples || dropped == forgetAtOnce {
+			return
+		}
+		if c.flows == 0 && t.looks-c.last >= looksToForget {
+			delete(t.cache, k)
+			t.drop(c.labels)
+			dropped++
+		}
+	}
+}
+
+// drop takes the metrics with these labels, and any flag, off the page.
+func (t *telemetry) drop(l labels) {
+	for _, v := range []*prometheus.CounterVec{t.opened, t.sent, t.received} {
+		v.DeleteLabelValues(l[:]...)
+	}
+	t.open.DeleteLabelValues(l[:]...)
+	for _, flag := range []string{flagNone, flagDeny, flagConnect} {
+		l[flagLabel] = flag
+		t.closed.DeleteLabelValues(l[:]...)
+		t.failed.DeleteLabelValues(l[:]...)
+	}
 }
 
 // podCount counts the pods that are served.
