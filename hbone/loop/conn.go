@@ -142,9 +142,10 @@ func (l *eventLoop) endConn(c *Conn, err error) {
 	if c.is(connDead) {
 		return
 	}
-	l.touch(c.tunnel)
+	t := c.tunnel
+	l.touch(t)
 	if err != nil {
-		c.tunnel.core.Reset(c.id, http2.Cancel)
+		t.core.Reset(c.id, http2.Cancel)
 	}
 	l.dropConn(c)
 	if err != nil {
@@ -154,6 +155,15 @@ func (l *eventLoop) endConn(c *Conn, err error) {
 	}
 	c.fd = -1
 	c.over(err)
+	if t.ended && t.fd < 0 {
+		l.forgetTunnel(t)
+	}
+}
+
+// whole reports whether the peer has sent all of c in order, and nothing more can
+// be sent to it, but the application has yet to take some.
+func (c *Conn) whole() bool {
+	return c.is(connOpen) && c.is(connPeerEnd) && !c.is(connShut) && c.is(connReadEnd|connDeaf)
 }
 
 // over tells the owner.
@@ -428,7 +438,7 @@ func (l *eventLoop) passEnd(c *Conn) {
 		return
 	}
 	c.flags |= connShut
-	if c.is(connReadEnd) {
+	if c.is(connReadEnd) || c.tunnel.ended {
 		l.endConn(c, nil) // which tells the application, too
 		return
 	}

@@ -33,6 +33,10 @@ const (
 	sweepPause = 50 * time.Millisecond
 	// flushPatience is how long a peer may take to read our last words.
 	flushPatience = time.Second
+	// partPatience is how long it may take none of the last bytes of a tunnel
+	// that ends in order, and partPause how often the kernel is asked.
+	partPatience = 20 * time.Second
+	partPause    = time.Second
 	// tired is how many batches in a row, one directly after the other, say that
 	// a loop does not keep up with its work, and restful how many of them one
 	// sleep makes up for: so it is about 8/9 of a processor for some tens of
@@ -451,7 +455,7 @@ func (l *eventLoop) do(w *work) {
 			l.wakeAt(w.tunnel.due(l.now))
 		}
 	case workEnd:
-		l.endTunnel(w.tunnel, w.err, false)
+		l.killTunnel(w.tunnel, w.err)
 	case workCall:
 		w.call()
 	case workStop:
@@ -507,8 +511,7 @@ var errStopped = fmt.Errorf("the proxy has ended: %w", syscall.ECONNABORTED)
 func (l *eventLoop) close() {
 	for _, t := range l.tunnels {
 		if t != nil {
-			l.endTunnel(t, errStopped, false)
-			l.closeTunnel(t)
+			l.killTunnel(t, errStopped)
 		}
 	}
 	l.mu.Lock()

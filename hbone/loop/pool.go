@@ -260,7 +260,7 @@ func (p *Pool) send(ctx context.Context, c *Conn) error {
 // cutOff reports whether a peer has hung up before it has said anything about
 // this end. It has done nothing for it then.
 func cutOff(err error) bool {
-	return errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE)
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE)
 }
 
 // useless returns why a new tunnel takes no connection at all, or nil if it

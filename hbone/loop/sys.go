@@ -129,6 +129,16 @@ func shutdown(fd int32) syscall.Errno {
 	return e
 }
 
+// unacked returns how much of what was written to a socket, and of its end, the
+// other end has not confirmed.
+func unacked(fd int32) int {
+	n, err := unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
+	if err != nil {
+		return 0 // the connection is gone
+	}
+	return n
+}
+
 // closeSocket closes a TCP socket whose directions have both ended.
 func closeSocket(fd int32) {
 	_ = linger(fd, unix.Linger{}) // if it fails the connection is gone already

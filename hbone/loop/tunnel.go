@@ -61,7 +61,8 @@ type tunnel struct {
 	held    bool  // in loop.held
 	owed    bool  // the peer has asked for a new key
 	greeted bool  // the peer has spoken
-	ended   bool  // all its connections are over
+	ended   bool  // nothing goes through it any more
+	parting bool  // it has said its last word in order, and waits for the peer's
 	frozen  bool  // it moves to another process, or from one
 	sendErr error // the socket cannot be written
 
@@ -69,6 +70,7 @@ type tunnel struct {
 	idle     time.Duration // client: unused for so long, it ends; 0 is never
 	proof    time.Time     // until when the peer's certificate is good
 	closeBy  time.Time     // when the last words have had their time
+	unacked  int           // while it parts: bytes that the peer's kernel has not confirmed
 	closeErr error
 	late     []work         // put aside while it is frozen
 	ahead    map[uint32]int // by stream: how much of its queue was given out by Mover.Ahead
@@ -247,6 +249,10 @@ func (l *eventLoop) tunnelEvent(t *tunnel, ev uint32) {
 
 // readTunnel takes what the peer has sent, a bounded number of times.
 func (l *eventLoop) readTunnel(t *tunnel) {
+	if t.parting {
+		l.readParting(t)
+		return
+	}
 	for turn := 0; !t.ended; turn++ {
 		if turn == turns {
 			t.again = true
@@ -342,8 +348,9 @@ func (t *tunnel) say(alert uint8) {
 // errEnded is why connections end when their tunnel has no other reason.
 var errEnded = errors.New("the tunnel was closed")
 
-// endTunnel ends t and all its connections. With flush what is queued is still
-// sent, for as long as flushPatience.
+// endTunnel ends t and its connections, but for those that have come whole: their
+// applications get what they have not read. With flush what is queued is still
+// sent, for as long as flushPatience; without an error as long as the peer takes it.
 func (l *eventLoop) endTunnel(t *tunnel, err error, flush bool) {
 	if t.ended {
 		return
@@ -366,7 +373,9 @@ func (l *eventLoop) endTunnel(t *tunnel, err error, flush bool) {
 			l.bounce(c, cause)
 			continue
 		}
-		l.endConn(c, cause)
+		if !c.whole() || t.ahead[c.id] > 0 {
+			l.endConn(c, cause)
+		}
 	}
 	for _, r := range t.requests.All() {
 		l.forgetRequest(r)
@@ -375,15 +384,81 @@ func (l *eventLoop) endTunnel(t *tunnel, err error, flush bool) {
 	if flush && !t.full() {
 		t.emit(nil)
 	}
-	if flush && t.blocked && t.sendErr == nil {
+	switch {
+	case !flush || t.sendErr != nil || err != nil && !t.blocked:
+		l.closeTunnel(t)
+	case !t.blocked:
+		l.part(t)
+	default:
 		t.closeBy = l.now.Add(flushPatience)
+		if err == nil {
+			t.closeBy = l.now.Add(partPatience)
+		}
 		l.wakeAt(t.closeBy)
-		return
+	}
+}
+
+// killTunnel ends t and all its connections, because somebody here says so.
+func (l *eventLoop) killTunnel(t *tunnel, cause error) {
+	l.endTunnel(t, cause, false)
+	for _, c := range t.conns.All() {
+		l.endConn(c, &resetError{"the tunnel ended", cause})
 	}
 	l.closeTunnel(t)
 }
 
-// closeTunnel lets go of a tunnel that has ended.
+// part says the last word of a tunnel that ends in order, and waits for the
+// peer's. The last bytes of its streams may still be on their way, and what the
+// peer says to a socket that is closed resets the connection (RFC 1122 4.2.2.13),
+// which takes them from the peer.
+func (l *eventLoop) part(t *tunnel) {
+	t.parting = true
+	t.say(0) // close_notify
+	t.seal.Wipe()
+	t.open.Wipe()
+	if shutdown(t.fd) != 0 {
+		l.closeTunnel(t)
+		return
+	}
+	t.unacked = unacked(t.fd)
+	t.closeBy = l.now.Add(partPatience)
+	l.wakeAt(t.due(l.now))
+	l.readParting(t)
+}
+
+// readParting drops what comes, until the peer ends too.
+func (l *eventLoop) readParting(t *tunnel) {
+	for range turns {
+		if t.fd < 0 {
+			return
+		}
+		n, e := recv(t.fd, l.cipher)
+		switch {
+		case e == unix.EINTR:
+		case e == unix.EAGAIN:
+			return
+		case e != 0 || n == 0:
+			l.closeTunnel(t)
+		}
+	}
+	if t.fd >= 0 && !t.again {
+		t.again = true
+		l.againTunnels = append(l.againTunnels, t)
+	}
+}
+
+// stillParting reports whether the peer has yet to confirm something, and does
+// so, if only slowly.
+func (l *eventLoop) stillParting(t *tunnel) bool {
+	n := unacked(t.fd)
+	if n < t.unacked {
+		t.unacked = n
+		t.closeBy = l.now.Add(partPatience)
+	}
+	return n > 0 && l.now.Before(t.closeBy)
+}
+
+// closeTunnel closes the socket of a tunnel that has ended.
 func (l *eventLoop) closeTunnel(t *tunnel) {
 	if t.fd < 0 {
 		return
@@ -397,6 +472,14 @@ func (l *eventLoop) closeTunnel(t *tunnel) {
 	if t.left != nil {
 		l.store.freeRecord(t.left)
 		t.left = nil
+	}
+	l.forgetTunnel(t)
+}
+
+// forgetTunnel lets go of a tunnel that is closed, once it has no connection.
+func (l *eventLoop) forgetTunnel(t *tunnel) {
+	if t.conns.Len() > 0 {
+		return
 	}
 	l.unread(t, -t.queued)
 	l.tunnels[t.slot] = nil
@@ -413,8 +496,16 @@ func (t *tunnel) sent() uint64 { return t.core.Taken() }
 func (l *eventLoop) flush(t *tunnel) {
 	t.dirty = false
 	if t.ended {
-		if t.fd >= 0 && !t.blocked {
+		switch {
+		case t.fd < 0 || t.parting:
+		case t.blocked:
+			if t.closeErr == nil { // the socket has taken something
+				t.closeBy = l.now.Add(partPatience)
+			}
+		case t.closeErr != nil || t.sendErr != nil:
 			l.closeTunnel(t)
+		default:
+			l.part(t)
 		}
 		return
 	}
@@ -471,7 +562,9 @@ func (t *tunnel) settle(now time.Time) {
 func (l *eventLoop) tick(t *tunnel) {
 	now := l.now
 	if t.ended {
-		if !now.Before(t.closeBy) {
+		switch {
+		case t.fd < 0, t.parting && l.stillParting(t), !t.parting && now.Before(t.closeBy):
+		default:
 			l.closeTunnel(t)
 		}
 		return
@@ -507,6 +600,9 @@ func (l *eventLoop) tick(t *tunnel) {
 // due returns when t wants tick.
 func (t *tunnel) due(now time.Time) time.Time {
 	if t.ended {
+		if t.parting {
+			return earlier(t.closeBy, now.Add(partPause))
+		}
 		return t.closeBy
 	}
 	at := t.core.Deadline()
