@@ -101,15 +101,24 @@ func shakeNow(ctx context.Context, c net.Conn, cfg *tls.Config, role Role, slots
 	if err != nil {
 		return nil, mesh.Identity{}, err
 	}
-	cs := conn.ConnectionState()
+	peer, err := identify(conn.ConnectionState(), who)
+	if err != nil {
+		conn.Wipe()
+		return nil, mesh.Identity{}, err
+	}
+	return conn, peer, nil
+}
+
+// identify returns who is at the other end of a finished handshake.
+func identify(cs tls.ConnectionState, who PeerFunc) (mesh.Identity, error) {
 	if cs.Version != tls.VersionTLS13 || cs.NegotiatedProtocol != "h2" {
-		return nil, mesh.Identity{}, fmt.Errorf("want TLS 1.3 and ALPN h2, got %s and ALPN %q", tls.VersionName(cs.Version), cs.NegotiatedProtocol)
+		return mesh.Identity{}, fmt.Errorf("want TLS 1.3 and ALPN h2, got %s and ALPN %q", tls.VersionName(cs.Version), cs.NegotiatedProtocol)
 	}
 	peer, err := who(cs)
 	if err == nil && peer.IsZero() {
 		err = errors.New("the peer has no identity")
 	}
-	return conn, peer, err
+	return peer, err
 }
 
 // tlsConfig returns cfg with what the tunnel itself needs of TLS. The rest is

@@ -298,12 +298,12 @@ func (p *Pool) dial(ctx context.Context, t Target) (*link, error) {
 	if !slices.Contains(t.Peers, peer) {
 		// The TLS configuration has checked this. It is checked again because
 		// nothing else stands between a wrong peer and the application.
-		_ = c.Close() // nothing was sent
+		Secured{Conn: conn}.Discard(c)
 		return nil, fmt.Errorf("%w: got %v, want one of %v", identity.ErrWrongPeer, peer, t.Peers)
 	}
 	l, err := newLink(conn, peer, ClientRole, p.cfg.Limits)
 	if err != nil {
-		_ = c.Close() // as above
+		Secured{Conn: conn}.Discard(c)
 		return nil, err
 	}
 	l.idle = p.cfg.IdleTimeout

@@ -19,6 +19,13 @@ type Secured struct {
 	Ends time.Time // when the peer's proof ends: its certificate is good until then
 }
 
+// Discard closes c, the connection below, over which nothing shall go, and
+// forgets the secrets.
+func (s Secured) Discard(c net.Conn) {
+	s.Conn.Wipe()
+	_ = c.Close() // nothing was sent
+}
+
 // Handshake runs the client's handshake of a tunnel over c, which it closes if
 // it fails: after timeout, or when ctx ends. slots bounds how many compute at
 // once. cfg verifies the peer with VerifyConnection; without that there is no

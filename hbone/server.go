@@ -95,7 +95,7 @@ func (s *Server) ServeConn(ctx context.Context, c net.Conn) error {
 	}
 	l, err := newLink(conn, peer, ServerRole, s.cfg.Limits)
 	if err != nil {
-		_ = c.Close() // as above
+		Secured{Conn: conn}.Discard(c)
 		return fmt.Errorf("serve tunnel: %w", err)
 	}
 	var wg sync.WaitGroup

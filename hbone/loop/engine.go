@@ -123,6 +123,7 @@ func (l *eventLoop) newTunnel(c *net.TCPConn, s hbone.Secured, client bool, idle
 	t.room.Store(int32(h.limits().MaxStreams))
 	fd, err := Detach(c)
 	if err != nil {
+		s.Conn.Wipe()
 		return nil, err
 	}
 	t.fd = int32(fd)

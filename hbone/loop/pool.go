@@ -324,7 +324,7 @@ func (p *Pool) startDial(ctx context.Context, t hbone.Target, e *entry, on *even
 		defer p.mu.Unlock()
 		if err == nil && dctx.Err() != nil {
 			err = context.Cause(dctx) // cancelled as it succeeded
-			_ = c.Close()             // nothing was sent
+			secured.Discard(c)
 		}
 		if err == nil {
 			p.wg.Add(1)
@@ -369,7 +369,7 @@ func (p *Pool) dial(ctx context.Context, t hbone.Target) (*net.TCPConn, hbone.Se
 	if !slices.Contains(t.Peers, s.Peer) {
 		// The TLS configuration has checked this. It is checked again because
 		// nothing else stands between a wrong peer and the application.
-		_ = c.Close() // nothing was sent
+		s.Discard(c)
 		return nil, hbone.Secured{}, fmt.Errorf("%w: got %v, want one of %v", identity.ErrWrongPeer, s.Peer, t.Peers)
 	}
 	return c, s, nil

@@ -68,7 +68,7 @@ func (s *Server) Serve(ctx context.Context, c *net.TCPConn) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.aborted != nil {
-		_ = c.Close() // as above
+		secured.Discard(c)
 		return fmt.Errorf("serve tunnel: %w", s.aborted)
 	}
 	s.work.Add(1)

@@ -94,6 +94,7 @@ func shake(ctx context.Context, c net.Conn, cfg *tls.Config, client bool) (*Conn
 	}
 	open, err := NewOpener(state.CipherSuite, theirs, client)
 	if err != nil {
+		seal.Wipe()
 		return nil, fmt.Errorf("TLS handshake: take over the peer's keys: %w", err)
 	}
 	r := &Conn{conn: c, state: state, open: open, seal: seal}
@@ -149,7 +150,7 @@ func (c *Conn) SetWriteDeadline(t time.Time) error { return c.conn.SetWriteDeadl
 // that may be an attacker's doing (RFC 8446 6.1).
 func (c *Conn) Read(p []byte) (int, error) {
 	c.readMu.Lock()
-	defer c.readMu.Unlock()
+	defer c.doneReading()
 	if len(p) == 0 {
 		return 0, nil
 	}
@@ -168,7 +169,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 // Next. Errors are those of Read.
 func (c *Conn) Next() ([]byte, error) {
 	c.readMu.Lock()
-	defer c.readMu.Unlock()
+	defer c.doneReading()
 	for len(c.data) == 0 {
 		if err := c.fill(); err != nil {
 			return nil, err
@@ -265,7 +266,7 @@ func (c *Conn) say(alert uint8) {
 // Write sends p as application data, in as few writes as it can.
 func (c *Conn) Write(p []byte) (int, error) {
 	c.writeMu.Lock()
-	defer c.writeMu.Unlock()
+	defer c.doneWriting()
 	if c.writeErr != nil {
 		return 0, c.writeErr
 	}
@@ -322,12 +323,45 @@ func (c *Conn) Close() error {
 	}
 	c.say(alertCloseNotify)
 	err := c.conn.Close()
-	// The reader, if there is one, wakes and forgets the secrets itself.
+	c.forgetTheirs()
+	return err
+}
+
+// forgetTheirs and forgetOurs forget the secrets of a direction. Who is at it
+// just now does so itself when he is done.
+func (c *Conn) forgetTheirs() {
 	if c.readMu.TryLock() {
 		c.open.Wipe()
 		c.readMu.Unlock()
 	}
-	return err
+}
+
+func (c *Conn) forgetOurs() {
+	if c.writeMu.TryLock() {
+		c.seal.Wipe()
+		c.writeMu.Unlock()
+	}
+}
+
+func (c *Conn) doneReading() {
+	c.readMu.Unlock()
+	if c.closed.Load() {
+		c.forgetTheirs()
+	}
+}
+
+func (c *Conn) doneWriting() {
+	c.writeMu.Unlock()
+	if c.closed.Load() {
+		c.forgetOurs()
+	}
+}
+
+// Wipe forgets the secrets of a connection that nobody uses, without a word to
+// the peer. The connection below is the caller's.
+func (c *Conn) Wipe() {
+	c.forgetTheirs()
+	c.forgetOurs()
 }
 
 // exactConn gives crypto/tls one record at a time, so that it never holds a

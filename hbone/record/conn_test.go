@@ -223,6 +223,42 @@ func TestOurCloseIsTheirEOF(t *testing.T) {
 	}
 }
 
+// The secrets of a connection are forgotten when it closes, also if somebody
+// reads or writes at that moment, and when it is given up.
+func TestConnForgetsItsSecrets(t *testing.T) {
+	for name, end := range map[string]func(c *Conn){
+		"closed": func(c *Conn) { _ = c.Close() },
+		"closed while others are at it": func(c *Conn) {
+			c.readMu.Lock()
+			c.writeMu.Lock()
+			_ = c.Close()
+			c.doneReading()
+			c.doneWriting()
+		},
+		"given up": (*Conn).Wipe,
+	} {
+		t.Run(name, func(t *testing.T) {
+			c, peer := ends(t, true, true, 1)
+			defer peer.Close()
+			defer c.conn.Close()
+			for _, secret := range [][]byte{c.seal.half.secret, c.open.half.secret} {
+				defer func() {
+					if !bytes.Equal(secret, make([]byte, len(secret))) {
+						t.Error("a secret is still there")
+					}
+				}()
+			}
+			end(c)
+			if _, err := c.Write([]byte("x")); err == nil {
+				t.Error("written without a key")
+			}
+			if _, err := c.Read(make([]byte, 1)); err == nil {
+				t.Error("read without a key")
+			}
+		})
+	}
+}
+
 func TestTruncationIsNotAnEnd(t *testing.T) {
 	ours, theirs := ends(t, true, false, 9)
 	if _, err := theirs.Write([]byte("half of a sen")); err != nil {
