@@ -49,6 +49,14 @@ func (c *slotConn) Read(p []byte) (int, error) { return c.without(c.Conn.Read, p
 // Write gives the slot back while it waits.
 func (c *slotConn) Write(p []byte) (int, error) { return c.without(c.Conn.Write, p) }
 
+// CloseWrite ends our direction, if the connection below has a half-close.
+func (c *slotConn) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return errors.ErrUnsupported
+}
+
 // without calls f without the slot.
 func (c *slotConn) without(f func([]byte) (int, error), p []byte) (int, error) {
 	if c.slots == nil {

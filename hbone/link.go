@@ -23,6 +23,9 @@ const (
 	turn = 64 << 10
 	// flushPatience is how long a peer may take to read our last words.
 	flushPatience = time.Second
+	// partPatience is how long a peer may take to read the last bytes of a tunnel
+	// that ends in order.
+	partPatience = 5 * time.Second
 )
 
 // A link drives one Tunnel over a connection: run reads, one goroutine writes
@@ -36,6 +39,7 @@ type link struct {
 	idle   time.Duration                               // client: unused for so long, it ends; 0 is never
 	proof  time.Time                                   // until when the peer's certificate is good; guarded by mu
 
+	deaf chan struct{} // closed when nothing is read any more
 	kick chan struct{} // tells the writer to look
 	done chan struct{} // closed when the link has ended
 
@@ -64,7 +68,7 @@ func newLink(conn *record.Conn, peer mesh.Identity, role Role, l Limits) (*link,
 	}
 	k := &link{
 		conn: conn, peer: peer, now: time.Now,
-		kick: make(chan struct{}, 1), done: make(chan struct{}),
+		deaf: make(chan struct{}), kick: make(chan struct{}, 1), done: make(chan struct{}),
 		tunnel: t, streams: make(map[uint32]*Stream), unused: now,
 	}
 	if chain := conn.ConnectionState().PeerCertificates; len(chain) > 0 {
@@ -82,20 +86,26 @@ func (l *link) run() error {
 	l.arm()
 	l.mu.Unlock()
 	l.readLoop()
+	close(l.deaf)
 	wg.Wait()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.err
 }
 
-// readLoop feeds the tunnel until the link ends.
+// readLoop feeds the tunnel until the link ends, and if that was in order until the
+// peer ends it as well.
 func (l *link) readLoop() {
 	for {
 		p, readErr := l.conn.Next()
 		l.mu.Lock()
 		if l.ended {
+			parting := l.parting()
 			l.mu.Unlock()
-			return
+			if readErr != nil || !parting {
+				return
+			}
+			continue
 		}
 		if len(p) > 0 {
 			if err := l.tunnel.Receive(l.now(), p, l); err != nil {
@@ -107,12 +117,28 @@ func (l *link) readLoop() {
 		if readErr != nil {
 			l.endRead(readErr)
 		}
-		ended := l.ended
+		ended := l.ended && !l.parting()
 		l.mu.Unlock()
-		if ended {
+		if ended || readErr != nil {
 			return
 		}
 	}
+}
+
+// parting reports whether the link has ended in order: then the last bytes of its
+// streams may still be on their way. The caller holds mu.
+func (l *link) parting() bool { return l.flush && l.err == nil && l.writeErr == nil }
+
+// part says the last word, and waits for the peer's: what that sends to a socket
+// that is closed resets the connection (RFC 1122 4.2.2.13), which takes from the
+// peer what it has not received.
+func (l *link) part() {
+	if l.conn.CloseWrite() != nil {
+		return
+	}
+	// A failure means that the connection is closed already.
+	_ = l.conn.SetReadDeadline(time.Now().Add(partPatience))
+	<-l.deaf
 }
 
 // endRead ends the link because nothing more can be read. The caller holds mu.
@@ -137,7 +163,7 @@ func (l *link) writeLoop() {
 	for {
 		l.mu.Lock()
 		l.fill()
-		ended := l.ended
+		ended, parting := l.ended, l.ended && l.parting()
 		var out []byte
 		if len(l.tunnel.Output()) > 0 && (!ended || l.flush) {
 			out = l.tunnel.TakeOutput(l.spare)
@@ -150,7 +176,7 @@ func (l *link) writeLoop() {
 			l.mu.Lock()
 			l.spare = out[:0]
 			if err != nil {
-				l.writeErr = err
+				l.writeErr, parting = err, false
 			}
 			l.mu.Unlock()
 			if err != nil && !ended {
@@ -160,6 +186,9 @@ func (l *link) writeLoop() {
 				<-l.done
 				continue
 			}
+		}
+		if parting {
+			l.part()
 		}
 		if ended {
 			// Closing again what end has closed is harmless, and a write that
@@ -292,6 +321,7 @@ func (l *link) abort(err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.end(err, false)
+	_ = l.conn.NetConn().Close() // also of one that parts
 }
 
 // end ends the link and all its streams. With flush the writer still sends
@@ -320,7 +350,11 @@ func (l *link) end(err error, flush bool) {
 	wake(l.kick)
 	if flush {
 		// A failure means that the connection is closed already.
-		_ = l.conn.SetWriteDeadline(time.Now().Add(flushPatience))
+		patience := flushPatience
+		if l.parting() {
+			patience = partPatience
+		}
+		_ = l.conn.SetWriteDeadline(time.Now().Add(patience))
 		return
 	}
 	_ = l.conn.NetConn().Close()

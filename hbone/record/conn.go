@@ -327,6 +327,18 @@ func (c *Conn) Close() error {
 	return err
 }
 
+// CloseWrite says to the peer that nothing more comes, as Close does, and ends
+// our direction of the connection below. Read goes on. It fails if the connection
+// below has no half-close.
+func (c *Conn) CloseWrite() error {
+	half, ok := c.conn.(interface{ CloseWrite() error })
+	if !ok {
+		return errors.ErrUnsupported
+	}
+	c.say(alertCloseNotify)
+	return half.CloseWrite()
+}
+
 // forgetTheirs and forgetOurs forget the secrets of a direction. Who is at it
 // just now does so itself when he is done.
 func (c *Conn) forgetTheirs() {
