@@ -35,7 +35,7 @@ const (
 	flushPatience = time.Second
 	// partPatience is how long it may take none of the last bytes of a tunnel
 	// that ends in order, and partPause how often the kernel is asked.
-	partPatience = 20 * time.Second
+	partPatience = 5 * time.Second
 	partPause    = time.Second
 	// tired is how many batches in a row, one directly after the other, say that
 	// a loop does not keep up with its work, and restful how many of them one
