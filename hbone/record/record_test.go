@@ -262,6 +262,7 @@ func TestOpenRefuses(t *testing.T) {
 		{"data within a handshake message", slices.Concat(rec(0, typeHandshake, 24, 0), rec(1, typeApplication, 'x')), alertUnexpectedMessage},
 		{"an alert within a ticket", slices.Concat(rec(0, typeHandshake, 4, 0, 0, 50, 1, 2), rec(1, typeAlert, 1, 0)), alertUnexpectedMessage},
 		{"an endless ticket", rec(0, typeHandshake, 4, 0xff, 0xff, 0xff), alertDecodeError},
+		{"a ticket longer by one byte than any", rec(0, typeHandshake, 4, (maxTicket+1)>>16, (maxTicket+1)>>8&0xff, (maxTicket+1)&0xff), alertDecodeError},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -321,6 +322,51 @@ func TestIdleRecordsAreBounded(t *testing.T) {
 		_, err := openAll(o, reference(t, id, secretFor(t, id), seq, []byte{typeApplication}))
 		if (err != nil) != (seq == maxIdle) {
 			t.Fatalf("record %d: %v", seq, err)
+		}
+	}
+}
+
+// Records that change keys, or say that they will close, count among those
+// without data, and data makes up for them all.
+func TestIdleRecordsOfAllKinds(t *testing.T) {
+	const id = tls.TLS_AES_128_GCM_SHA256
+	for name, idle := range map[string]func(s *Sealer) ([]byte, error){
+		"KeyUpdate":     func(s *Sealer) ([]byte, error) { return s.Update(nil, false) },
+		"user_canceled": func(s *Sealer) ([]byte, error) { return s.Alert(nil, alertUserCanceled) },
+	} {
+		s, o := pair(t, id)
+		for range 2 {
+			for range maxIdle {
+				b, err := idle(s)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := openAll(o, b); err != nil {
+					t.Fatalf("%s: %v", name, err)
+				}
+			}
+			b, err := s.Seal(nil, []byte("x"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := openAll(o, b); err != nil {
+				t.Fatalf("%s, then data: %v", name, err)
+			}
+		}
+		if o.KeyUpdateOwed() {
+			t.Errorf("%s: a new key is owed that nobody asked for", name)
+		}
+		var err error
+		for range maxIdle + 1 {
+			var b []byte
+			if b, err = idle(s); err != nil {
+				t.Fatal(err)
+			}
+			_, err = openAll(o, b)
+		}
+		var bad *Error
+		if !errors.As(err, &bad) || bad.Alert != alertUnexpectedMessage {
+			t.Errorf("%s: a flood ends with %v", name, err)
 		}
 	}
 }
