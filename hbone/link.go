@@ -36,8 +36,10 @@ type link struct {
 	peer   mesh.Identity
 	now    func() time.Time
 	handle func(id uint32, authority string, h Header) // server: called with mu held
-	idle   time.Duration                               // client: unused for so long, it ends; 0 is never
-	proof  time.Time                                   // until when the peer's certificate is good; guarded by mu
+	// patience is partPatience; tests on a busy machine have more.
+	patience time.Duration
+	idle     time.Duration // client: unused for so long, it ends; 0 is never
+	proof    time.Time     // until when the peer's certificate is good; guarded by mu
 
 	deaf chan struct{} // closed when nothing is read any more
 	kick chan struct{} // tells the writer to look
@@ -69,7 +71,7 @@ func newLink(conn *record.Conn, peer mesh.Identity, role Role, l Limits) (*link,
 	k := &link{
 		conn: conn, peer: peer, now: time.Now,
 		deaf: make(chan struct{}), kick: make(chan struct{}, 1), done: make(chan struct{}),
-		tunnel: t, streams: make(map[uint32]*Stream), unused: now,
+		tunnel: t, streams: make(map[uint32]*Stream), unused: now, patience: partPatience,
 	}
 	if chain := conn.ConnectionState().PeerCertificates; len(chain) > 0 {
 		k.proof = chain[0].NotAfter
@@ -137,7 +139,7 @@ func (l *link) part() {
 		return
 	}
 	// A failure means that the connection is closed already.
-	_ = l.conn.SetReadDeadline(time.Now().Add(partPatience))
+	_ = l.conn.SetReadDeadline(time.Now().Add(l.patience))
 	<-l.deaf
 }
 
@@ -352,7 +354,7 @@ func (l *link) end(err error, flush bool) {
 		// A failure means that the connection is closed already.
 		patience := flushPatience
 		if l.parting() {
-			patience = partPatience
+			patience = l.patience
 		}
 		_ = l.conn.SetWriteDeadline(time.Now().Add(patience))
 		return

@@ -57,8 +57,9 @@ type ServerConfig struct {
 // A Server takes tunnels. It holds no connections of its own: each is served
 // by a call of ServeConn. Use NewServer.
 type Server struct {
-	cfg     ServerConfig
-	shaking atomic.Int64 // connections that have proved nothing yet
+	cfg      ServerConfig
+	patience time.Duration // of its links
+	shaking  atomic.Int64  // connections that have proved nothing yet
 }
 
 // NewServer returns a server for cfg.
@@ -74,7 +75,7 @@ func NewServer(cfg ServerConfig) *Server {
 	cfg.HandshakeTimeout = pick(cfg.HandshakeTimeout, 10*time.Second, time.Millisecond, time.Hour)
 	cfg.MaxHandshakes = pick(cfg.MaxHandshakes, 1024, 1, math.MaxInt)
 	cfg.DrainTimeout = pick(cfg.DrainTimeout, 5*time.Second, time.Millisecond, 24*time.Hour)
-	return &Server{cfg: cfg}
+	return &Server{cfg: cfg, patience: partPatience}
 }
 
 // errDrained is why streams end that outlive the drain.
@@ -98,6 +99,7 @@ func (s *Server) ServeConn(ctx context.Context, c net.Conn) error {
 		Secured{Conn: conn}.Discard(c)
 		return fmt.Errorf("serve tunnel: %w", err)
 	}
+	l.patience = s.patience
 	var wg sync.WaitGroup
 	work, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cancel(nil)

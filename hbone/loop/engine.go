@@ -32,6 +32,7 @@ type Config struct {
 type Engine struct {
 	loops     []*eventLoop
 	maxUnread int64
+	patience  time.Duration // partPatience; tests on a busy machine have more
 	unread    atomic.Int64
 	next      atomic.Uint32
 	ran       atomic.Bool
@@ -45,7 +46,7 @@ func New(cfg Config) *Engine {
 	if cfg.MaxUnread <= 0 {
 		cfg.MaxUnread = 256 << 20
 	}
-	e := &Engine{maxUnread: cfg.MaxUnread}
+	e := &Engine{maxUnread: cfg.MaxUnread, patience: partPatience}
 	for range cfg.Loops {
 		e.loops = append(e.loops, newEventLoop(e))
 	}

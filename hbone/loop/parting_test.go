@@ -119,7 +119,7 @@ func TestLastBytesOfATunnel(t *testing.T) {
 		defer c.Close()
 		_, _ = io.Copy(io.Discard, c)
 		_, _ = c.Write(p)
-	})
+	}, func(w *world, _ *ServerConfig, _ *PoolConfig) { w.serving.patience = time.Minute })
 	c := dialSlow(t, w)
 	var out bytes.Buffer
 	fr := h2.NewFramer(&out, c)

@@ -392,7 +392,7 @@ func (l *eventLoop) endTunnel(t *tunnel, err error, flush bool) {
 	default:
 		t.closeBy = l.now.Add(flushPatience)
 		if err == nil {
-			t.closeBy = l.now.Add(partPatience)
+			t.closeBy = l.now.Add(l.engine.patience)
 		}
 		l.wakeAt(t.closeBy)
 	}
@@ -421,7 +421,7 @@ func (l *eventLoop) part(t *tunnel) {
 		return
 	}
 	t.unacked = unacked(t.fd)
-	t.closeBy = l.now.Add(partPatience)
+	t.closeBy = l.now.Add(l.engine.patience)
 	l.wakeAt(t.due(l.now))
 	l.readParting(t)
 }
@@ -453,7 +453,7 @@ func (l *eventLoop) stillParting(t *tunnel) bool {
 	n := unacked(t.fd)
 	if n < t.unacked {
 		t.unacked = n
-		t.closeBy = l.now.Add(partPatience)
+		t.closeBy = l.now.Add(l.engine.patience)
 	}
 	return n > 0 && l.now.Before(t.closeBy)
 }
@@ -500,7 +500,7 @@ func (l *eventLoop) flush(t *tunnel) {
 		case t.fd < 0 || t.parting:
 		case t.blocked:
 			if t.closeErr == nil { // the socket has taken something
-				t.closeBy = l.now.Add(partPatience)
+				t.closeBy = l.now.Add(l.engine.patience)
 			}
 		case t.closeErr != nil || t.sendErr != nil:
 			l.closeTunnel(t)
