@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
 	"time"
@@ -48,13 +49,17 @@ type heap struct {
 	objects uint64 // that and what is new or garbage since
 	free    uint64 // neither in use nor given back
 	ever    uint64 // allocated since the start
+	caches  uint64 // what of free processors may keep for what comes next
 }
 
 // untidy reports whether a good part of the heap serves nothing, and little was
 // allocated since last.
 func (h heap) untidy(last heap) bool {
-	return h.ever-last.ever < tidyQuiet && h.objects+h.free > h.live+max(1<<20, h.live/16)
+	return h.ever-last.ever < tidyQuiet && h.objects+h.free > h.live+max(1<<20, h.live/16, h.caches)
 }
+
+// pageCache is what the runtime lets a processor keep: 64 pages of 8 KiB.
+const pageCache = 512 << 10
 
 func heapReader() func() heap {
 	s := []metrics.Sample{
@@ -63,6 +68,9 @@ func heapReader() func() heap {
 	}
 	return func() heap {
 		metrics.Read(s)
-		return heap{s[0].Value.Uint64(), s[1].Value.Uint64(), s[2].Value.Uint64(), s[3].Value.Uint64()}
+		return heap{
+			live: s[0].Value.Uint64(), objects: s[1].Value.Uint64(), free: s[2].Value.Uint64(), ever: s[3].Value.Uint64(),
+			caches: uint64(runtime.GOMAXPROCS(0)) * pageCache,
+		}
 	}
 }
