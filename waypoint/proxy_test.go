@@ -95,6 +95,7 @@ func TestViewsDiffer(t *testing.T) {
 	if err := <-answered; err != nil {
 		t.Errorf("ahead of the View: %v", err)
 	}
+	w.noted(mesh.ServiceName{Namespace: "shop", Host: "cart.shop.svc.cluster.local"})
 	w.publish("3", mesh.GatewayRef{}, nil)
 	s, err := w.connect("10.96.0.1:80", hbone.Header{})
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -180,6 +181,25 @@ func (w *world) publish(version string, ref mesh.GatewayRef, edit func(*mesh.Wor
 	w.store.Set(view.WithL7(version, []*mesh.Workload{p},
 		[]*mesh.Service{svc("shop", "cart.shop.svc.cluster.local", "10.96.0.1", ref), svc("shop", string(wpService.Host), "10.96.0.9", mesh.GatewayRef{})}, nil,
 		view.L7{Waypoints: []*mesh.Waypoint{{Name: shopWaypoint, Service: wpService, Identity: ours, For: "service"}}}))
+}
+
+// noted waits until the waypoint has noted that a service is bound to it, which it
+// does beside its work.
+func (w *world) noted(n mesh.ServiceName) {
+	w.t.Helper()
+	r := &w.proxy.recent
+	bound := func() bool {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return r.bound[n]
+	}
+	deadline := time.Now().Add(30 * time.Second)
+	for !bound() {
+		if time.Now().After(deadline) {
+			w.t.Fatalf("the waypoint has not noted that %v is bound to it", n)
+		}
+		runtime.Gosched()
+	}
 }
 
 // connect opens a connection through the waypoint.
