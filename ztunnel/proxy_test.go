@@ -143,6 +143,53 @@ func TestHalfCloseAndLargeAnswer(t *testing.T) {
 	}
 }
 
+// Urgent data is not carried, and what is around it is: by an application that
+// calls, by one that answers, and without a tunnel.
+func TestUrgentData(t *testing.T) {
+	say := func(c *net.TCPConn) error {
+		_, err := io.WriteString(c, "one")
+		raw, rerr := c.SyscallConn()
+		if err := errors.Join(err, rerr); err != nil {
+			return err
+		}
+		var sent error
+		err = raw.Write(func(fd uintptr) bool {
+			sent = syscall.Sendto(int(fd), []byte("!"), syscall.MSG_OOB, nil)
+			return sent != syscall.EAGAIN
+		})
+		if err := errors.Join(err, sent); err != nil {
+			return err
+		}
+		_, err = io.WriteString(c, "two")
+		return err
+	}
+	hear := func(c *net.TCPConn) error {
+		b := make([]byte, 6)
+		_ = c.SetReadDeadline(time.Now().Add(time.Minute))
+		if n, err := io.ReadFull(c, b); err != nil || string(b) != "onetwo" {
+			return fmt.Errorf("%q, %v", b[:n], err)
+		}
+		return nil
+	}
+	heard := make(chan error, 1)
+	app := func(c *net.TCPConn) { heard <- errors.Join(hear(c), say(c)) }
+	p := newPair(t, app)
+	unknown := netip.AddrPortFrom(freshAddr(), p.client.port)
+	p.client.outlet.route(unknown, startApp(t, "127.0.0.1:0", app))
+	for name, to := range map[string]netip.AddrPort{"a tunnel": p.service, "none": unknown} {
+		c := p.client.dial(to)
+		if err := say(c); err != nil {
+			t.Fatal(err)
+		}
+		if err := hear(c); err != nil {
+			t.Errorf("%s: the client got %v", name, err)
+		}
+		if err := <-heard; err != nil {
+			t.Errorf("%s: the server got %v", name, err)
+		}
+	}
+}
+
 type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }

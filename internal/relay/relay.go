@@ -10,6 +10,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -154,59 +156,128 @@ func move(dst, src net.Conn, n *atomic.Int64) error {
 	}
 }
 
-// splice lets the kernel move the bytes.
+// splice lets the kernel move the bytes. It is only asked for what is there: at
+// urgent data (RFC 6093) splice(2) stops, and says that there is nothing, until a
+// read goes past it.
 func splice(dst, src *net.TCPConn, n *atomic.Int64) error {
+	r, err := newReader(src, true)
+	if err != nil {
+		return err
+	}
+	var some io.LimitedReader
 	for {
-		k, err := dst.ReadFrom(&io.LimitedReader{R: src, N: spliceLen})
-		n.Add(k)
-		if err != nil {
-			return err
+		err := r.next()
+		if err == nil && r.there > 0 {
+			some = io.LimitedReader{R: src, N: min(int64(r.there), spliceLen)}
+			var k int64
+			k, err = dst.ReadFrom(&some)
+			n.Add(k)
+		} else if err == nil {
+			err = r.write(counter{dst, n})
 		}
-		if k < spliceLen {
-			return nil
+		if err != nil {
+			return unlessEnd(err)
 		}
 	}
 }
 
-// copyTCP copies from a socket, and holds a buffer only while there is
-// something to read: most connections are idle most of the time.
+// copyTCP copies from a socket.
 func copyTCP(dst io.Writer, src *net.TCPConn) error {
-	rc, err := src.SyscallConn()
+	r, err := newReader(src, false)
 	if err != nil {
 		return err
 	}
 	for {
-		var buf *[bufLen]byte
-		var k int
-		var rerr error
-		err := rc.Read(func(fd uintptr) bool {
-			buf = buffers.Get().(*[bufLen]byte)
-			for {
-				k, rerr = syscall.Read(int(fd), buf[:])
-				if rerr != syscall.EINTR {
-					break
-				}
-			}
-			if rerr == syscall.EAGAIN {
-				buffers.Put(buf)
-				buf = nil
-				return false
-			}
-			return true
-		})
-		if err == nil && rerr != nil {
-			err = &net.OpError{Op: "read", Net: "tcp", Source: src.LocalAddr(), Addr: src.RemoteAddr(), Err: rerr}
+		err := r.next()
+		if err == nil {
+			err = r.write(dst)
 		}
-		if err == nil && k > 0 {
-			_, err = dst.Write(buf[:k])
-		}
-		if buf != nil {
-			buffers.Put(buf)
-		}
-		if err != nil || k == 0 {
-			return err
+		if err != nil {
+			return unlessEnd(err)
 		}
 	}
+}
+
+func unlessEnd(err error) error {
+	if err == io.EOF {
+		return nil
+	}
+	return err
+}
+
+// A reader reads from a socket, and holds a buffer only while there is something
+// to read: most connections are idle most of the time. What is urgent is left out.
+type reader struct {
+	src  *net.TCPConn
+	rc   syscall.RawConn
+	look bool // read only what the kernel cannot move
+	try  func(fd uintptr) bool
+
+	there int           // what the kernel can move
+	buf   *[bufLen]byte // what was read and not yet written is at its beginning
+	n     int
+	err   error
+}
+
+func newReader(src *net.TCPConn, look bool) (*reader, error) {
+	rc, err := src.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	r := &reader{src: src, rc: rc, look: look}
+	r.try = r.tryRead
+	return r, nil
+}
+
+// next waits until there is something: what the kernel can move, or else what was
+// read, for write. The error is io.EOF at the end.
+func (r *reader) next() error {
+	err := r.rc.Read(r.try)
+	switch {
+	case err != nil || r.there > 0:
+		return err
+	case r.err != nil:
+		err = &net.OpError{Op: "read", Net: "tcp", Source: r.src.LocalAddr(), Addr: r.src.RemoteAddr(), Err: r.err}
+	case r.n == 0:
+		err = io.EOF
+	default:
+		return nil
+	}
+	r.release()
+	return err
+}
+
+// tryRead reports whether there is something, or an end.
+func (r *reader) tryRead(fd uintptr) bool {
+	if r.look {
+		// Up to what is urgent; 0 also for the end, and for errors.
+		if r.there, _ = unix.IoctlGetInt(int(fd), unix.SIOCINQ); r.there > 0 {
+			return true
+		}
+	}
+	r.buf = buffers.Get().(*[bufLen]byte)
+	for {
+		if r.n, r.err = syscall.Read(int(fd), r.buf[:]); r.err != syscall.EINTR {
+			break
+		}
+	}
+	if r.err != syscall.EAGAIN {
+		return true
+	}
+	r.release()
+	return false
+}
+
+// write writes what was read.
+func (r *reader) write(dst io.Writer) error {
+	defer r.release()
+	_, err := dst.Write(r.buf[:r.n])
+	return err
+}
+
+func (r *reader) release() {
+	buffers.Put(r.buf)
+	r.buf = nil
 }
 
 // counter counts what is written.

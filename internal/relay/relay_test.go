@@ -250,3 +250,51 @@ func random(n int) []byte {
 	}
 	return p
 }
+
+// Urgent data is not carried: what is around it is, and it is no end.
+func TestUrgentData(t *testing.T) {
+	for _, k := range kinds {
+		t.Run(k.name, func(t *testing.T) {
+			r := newRig(t, k.wrap)
+			raw, err := r.client.SyscallConn()
+			if err != nil {
+				t.Fatal(err)
+			}
+			urgent := func() {
+				t.Helper()
+				var sendErr error
+				err := raw.Write(func(fd uintptr) bool {
+					sendErr = syscall.Sendto(int(fd), []byte("!"), syscall.MSG_OOB, nil)
+					return sendErr != syscall.EAGAIN
+				})
+				if err := errors.Join(err, sendErr); err != nil {
+					t.Fatal(err)
+				}
+			}
+			receive := func(want string) {
+				t.Helper()
+				_ = r.server.SetReadDeadline(time.Now().Add(time.Minute))
+				b := make([]byte, len(want))
+				if n, err := io.ReadFull(r.server, b); err != nil || string(b) != want {
+					t.Fatalf("server got %q, %v, want %q", b[:n], err, want)
+				}
+			}
+			urgent() // with nothing before it
+			send1(t, r.client, "one")
+			receive("one")
+			send1(t, r.client, "two")
+			urgent()
+			send1(t, r.client, "three")
+			receive("twothree")
+			urgent()
+			_ = r.client.CloseWrite()
+			if n, err := r.server.Read(make([]byte, 1)); err != io.EOF {
+				t.Errorf("after the end: %d bytes, %v", n, err)
+			}
+			_ = r.server.CloseWrite()
+			if err := <-r.done; err != nil {
+				t.Errorf("Copy: %v", err)
+			}
+		})
+	}
+}
