@@ -176,7 +176,7 @@ func (r *registry) tunnelled(without map[*pod]bool) int {
 	return n
 }
 
-// A mover is a loop.Mover.
+// A mover is a tunnel that can be given, a loop.Mover.
 type mover interface {
 	Ahead() []loop.Backlog
 	Freeze() (*loop.Frozen, error)

@@ -93,6 +93,7 @@ type suite struct {
 // skipError ends a check that cannot be made.
 type skipError struct{ why string }
 
+// Error returns what the check would need.
 func (e skipError) Error() string { return e.why }
 
 // checks returns all checks in the order of the specification.

@@ -199,8 +199,8 @@ func (s *Server) win(p *proxy) *proxy {
 }
 
 // watch asks p now and then, while it is the active one of a pair and another
-// stands by for it, whether it still answers. One that does not, because it hangs or
-// is stopped, is disconnected, and the other takes over.
+// could be in its place, whether it still answers. One that does not, because it
+// hangs or is stopped, is disconnected, and the other takes over.
 func (s *Server) watch(ctx context.Context, p *proxy) {
 	if p.pair == "" {
 		return
